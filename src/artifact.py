@@ -1,0 +1,377 @@
+"""The packed file: what a quantized network is on disk, and the one rule that turns codes into weights.
+
+A weight tensor is cut into groups of consecutive values; group ``g`` has its own width ``bits[g]``:
+
+    w = lo + span * code / (2**bits - 1),        code in {0, ..., 2**bits - 1}
+
+``lo`` and ``span`` are shared by the whole tensor, a row or a group. Every method of the suite ends in this
+form, and evaluation is defined by it, so that the network that is measured is the one on disk.
+
+The file is safetensors. Each quantized tensor is one uint8 entry under its own name, laid out as
+
+    widths of the groups | codes of all groups of the smallest width | ... of the largest width | lo | span
+
+where codes are bit planes (plane ``i`` holds bit ``i`` of every code). Everything else, small tensors and
+buffers, is stored as it is. The JSON header ``bitfront`` holds the version, the quantized tensors' layouts,
+the tied names, a checksum and the provenance. The file knows no method.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from src.errors import BitfrontError
+
+VERSION = 1
+MAX_BITS = 15  # codes fit int16
+_CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
+
+
+class ArtifactError(BitfrontError):
+    """The file is missing, damaged, too new, or belongs to another network."""
+
+
+def grouped(w: Tensor, group_size: int) -> Tensor:
+    """View a weight as groups of consecutive values.
+
+    Args:
+        w: any shape.
+        group_size: ``n`` for groups of n values in memory order, ``-1`` for one group per row (first
+            dimension), ``0`` for one group in all. Where n does not divide the size, the last value is
+            repeated to fill the last group.
+
+    Returns:
+        ``[groups, values per group]``; differentiable in ``w``.
+    """
+    if group_size == 0 or (group_size == -1 and w.dim() < 2):
+        return w.reshape(1, -1)
+    if group_size == -1:
+        return w.reshape(w.shape[0], -1)
+    flat = w.reshape(-1)
+    missing = -flat.numel() % group_size
+    if missing:
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    return flat.view(-1, group_size)
+
+
+def ungrouped(groups: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of ``grouped``: drop the padding of the last group and restore the shape."""
+    return groups.reshape(-1)[: shape.numel()].view(shape)
+
+
+def pack(codes: np.ndarray, width: int) -> np.ndarray:
+    """Pack codes of ``width`` bits into bit planes.
+
+    Args:
+        codes: uint8 or uint16 ``[n]``, each below ``2**width``.
+        width: 0..15; 0 takes no space.
+
+    Returns:
+        uint8 ``[width * ceil(n / 8)]``, plane after plane, the lowest bit first.
+    """
+    planes = np.empty((width, -(-codes.size // 8)), np.uint8)
+    for start in range(0, codes.size, _CHUNK):
+        chunk = codes[start : start + _CHUNK]
+        for bit in range(width):
+            plane = np.packbits(chunk & chunk.dtype.type(1 << bit), bitorder="little")
+            planes[bit, start // 8 : start // 8 + plane.size] = plane
+    return planes.ravel()
+
+
+def unpack(planes: np.ndarray, width: int, n: int) -> np.ndarray:
+    """The inverse of ``pack``: uint8 (up to 8 bits) or uint16 ``[n]``."""
+    dtype = np.uint8 if width <= 8 else np.uint16
+    codes = np.zeros(n, dtype)
+    rows = planes.reshape(width, -(-n // 8))
+    for start in range(0, n, _CHUNK):
+        chunk = codes[start : start + _CHUNK]
+        for bit in range(width):
+            plane = rows[bit, start // 8 : (start + chunk.size + 7) // 8]
+            chunk |= np.unpackbits(plane, count=chunk.size, bitorder="little").astype(dtype, copy=False) << dtype(bit)
+    return codes
+
+
+def packed_bytes(n: int, width: int) -> int:
+    """Bytes that ``pack`` takes for ``n`` codes."""
+    return width * -(-n // 8)
+
+
+@dataclass
+class Packed:
+    """One quantized tensor.
+
+    Attributes:
+        codes: ``[groups, group_size]``, uint8, or int16 when a group has more than 8 bits.
+        bits: ``[groups]``, or ``[1]`` when all groups have the same width; uint8, 1..15.
+        lo: ``[scales]`` floats, each shared by ``groups / scales`` consecutive groups.
+        span: ``[scales]``, same dtype as ``lo``; negative and zero are fine.
+        shape: of the tensor; the last group may be padded beyond it.
+    """
+
+    codes: Tensor
+    bits: Tensor
+    lo: Tensor
+    span: Tensor
+    shape: torch.Size
+
+    @staticmethod
+    def grid(bits: Tensor, lo: Tensor, span: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """First value, distance of neighbours and largest code of each group: ``[groups or 1, 1]`` each."""
+        largest = (1 << bits.int()) - 1
+        per_scale = groups // lo.numel()
+        lo, span = (x.float().repeat_interleave(per_scale) if lo.numel() > 1 else x.float() for x in (lo, span))
+        return lo[:, None], (span / largest)[:, None], largest[:, None]
+
+    @classmethod
+    def nearest(cls, w: Tensor, bits: Tensor, lo: Tensor, span: Tensor, group_size: int) -> Packed:
+        """Round every weight to the nearest value of its group's grid (ties to the even code).
+
+        Args:
+            w: finite weights, any shape and float type.
+            bits: ``[groups]`` or ``[1]``, integers 1..15.
+            lo, span: ``[scales]``.
+            group_size: as in ``grouped``.
+        """
+        groups = grouped(w.detach().float(), group_size)
+        first, step, largest = cls.grid(bits, lo, span, len(groups))
+        step = torch.where(step == 0, 1.0, step)  # a constant tensor: every code is 0
+        codes = ((groups - first) / step).round_()
+        codes = torch.minimum(codes.clamp_(min=0), largest.to(codes.dtype))
+        return cls(codes.to(code_dtype(int(largest.max()))), bits.to(torch.uint8), lo.detach(), span.detach(), w.shape)
+
+    def decode(self) -> Tensor:
+        """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
+        first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))
+        return ungrouped((self.codes * step).add_(first), self.shape)
+
+    def rule_bits(self, floats: int, lowest: int | None = None) -> int:
+        """Bits by the papers' size rule (DiffQ, eq. of the model size).
+
+        Args:
+            floats: 32-bit numbers that the method stores per scale.
+            lowest: smallest width that a table of widths can hold; None when there is no table.
+        """
+        group_size = self.codes.shape[1]
+        bits = self.bits.long().expand(len(self.codes))
+        table = 0 if lowest is None else 8 + len(bits) * (int(bits.max()) - lowest).bit_length()
+        return group_size * int(bits.sum()) + 32 * floats * self.lo.numel() + table
+
+    def layout(self) -> dict[str, Any]:
+        """What the header says of this tensor; with it the entry's bytes can be read."""
+        return {
+            "shape": list(self.shape),
+            "group_size": self.codes.shape[1],
+            "bits": [int(self.bits.min()), int(self.bits.max())],
+            "scales": self.lo.numel(),
+            "dtype": str(self.lo.dtype).removeprefix("torch."),
+        }
+
+    def width_counts(self) -> list[int]:
+        """How many codes have 0, 1, 2, ... bits."""
+        groups = torch.bincount(self.bits.long().expand(len(self.codes)).cpu())
+        return (groups * self.codes.shape[1]).tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entry in the file."""
+        table = packed_bytes(len(self.codes), (int(self.bits.max()) - int(self.bits.min())).bit_length())
+        streams = sum(packed_bytes(n, width) for width, n in enumerate(self.width_counts()))
+        return table + streams + 2 * self.lo.numel() * self.lo.itemsize
+
+    def to_bytes(self) -> Tensor:
+        """The entry in the file, uint8 ``[bytes]``."""
+        codes = self.codes.cpu().numpy()
+        codes = codes.view(np.uint16) if codes.dtype == np.int16 else codes
+        bits = np.broadcast_to(self.bits.cpu().numpy(), len(codes))
+        lowest, highest = int(bits.min()), int(bits.max())
+        parts = [pack(bits - np.uint8(lowest), (highest - lowest).bit_length())]
+        for width in range(lowest, highest + 1):
+            chosen = codes if lowest == highest else codes[bits == width]
+            parts.append(pack(chosen.ravel().astype(np.uint8 if width <= 8 else np.uint16, copy=False), width))
+        parts += [x.contiguous().view(torch.uint8).cpu().numpy() for x in (self.lo, self.span)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    @classmethod
+    def from_bytes(cls, data: Tensor, layout: Mapping[str, Any]) -> Packed:
+        """Read an entry.
+
+        Raises:
+            ArtifactError: the entry's length is not what the layout says.
+        """
+        shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
+        lowest, highest = layout["bits"]
+        n_groups = -(-shape.numel() // group_size)
+        rest = data.numpy()
+
+        def take(n: int) -> np.ndarray:
+            nonlocal rest
+            if n > rest.size:
+                raise ArtifactError("an entry is shorter than its header says; the file is damaged, write it again")
+            head, rest = rest[:n], rest[n:]
+            return head
+
+        table = (highest - lowest).bit_length()
+        bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
+        codes = np.empty((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
+        for width in range(lowest, highest + 1):
+            chosen = bits == width
+            n = int(chosen.sum()) * group_size
+            codes[chosen] = unpack(take(packed_bytes(n, width)), width, n).reshape(-1, group_size)
+        dtype = getattr(torch, layout["dtype"])
+        lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
+        if rest.size:
+            raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
+        codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
+        bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
+        return cls(codes_tensor, bits_tensor, lo, span, shape)
+
+
+def code_dtype(largest: int) -> torch.dtype:
+    """The type of codes up to ``largest``."""
+    return torch.uint8 if largest < 256 else torch.int16
+
+
+@dataclass
+class Artifact:
+    """A file's content.
+
+    Attributes:
+        packed: quantized tensors by name.
+        raw: small tensors and buffers by name, in their stored type.
+        tied: other names of the same tensor, ``{alias: name}``.
+        about: provenance, plain JSON; ``about["task"]`` rebuilds the network.
+    """
+
+    packed: dict[str, Packed]
+    raw: dict[str, Tensor]
+    tied: dict[str, str]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, network: nn.Module, packed: Mapping[str, Packed], about: Mapping[str, Any]) -> Artifact:
+        """Everything that ``network.state_dict()`` holds, with the tensors in ``packed`` in their packed form.
+
+        Args:
+            network: its parameters and persistent buffers are stored.
+            packed: keyed by the first name of a tied tensor.
+            about: plain JSON.
+        """
+        raw: dict[str, Tensor] = {}
+        tied: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for name, tensor in network.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                raise BitfrontError(f"'{name}' of the network's state is no tensor; such networks cannot be stored")
+            known = first.setdefault(id(tensor), name)
+            if known != name:
+                tied[name] = known
+            elif name not in packed:
+                raw[name] = tensor.detach().cpu()
+        return cls(dict(packed), raw, tied, dict(about))
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the stored tensors, without the file's header."""
+        return sum(p.nbytes for p in self.packed.values()) + sum(t.numel() * t.itemsize for t in self.raw.values())
+
+    def save(self, path: Path) -> int:
+        """Write the file atomically; return its size in bytes.
+
+        Raises:
+            ArtifactError: the disk is full or the place is not writable; nothing is left behind.
+        """
+        tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
+        tensors = {name: t.contiguous().clone() if t.dim() == 0 else t.contiguous() for name, t in tensors.items()}
+        header = {
+            "version": VERSION,
+            "quantized": {name: packed.layout() for name, packed in self.packed.items()},
+            "tied": self.tied,
+            "crc32": _checksum(tensors),
+            "about": self.about,
+        }
+        data = safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+        write_atomically(path, data)
+        return len(data)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Artifact:
+        """Read a file.
+
+        Raises:
+            ArtifactError: missing, damaged, written by something else or by a newer version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArtifactError(f"there is no artifact at '{path}'; a run writes one as model.safetensors")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("bitfront", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or rerun the cell") from None
+        if not isinstance(header, dict):
+            raise ArtifactError(f"'{path}' was not written by bitfront: its header has no 'bitfront' entry")
+        if header["version"] > VERSION:
+            raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
+        if header["crc32"] != _checksum(tensors):
+            raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
+        packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
+        return cls(packed, tensors, header["tied"], header["about"])
+
+    def load_into(self, network: nn.Module) -> None:
+        """Write every tensor into a float network of the same architecture; exactly the same names.
+
+        Raises:
+            ArtifactError: names, shapes or types differ; the network is left as it was.
+        """
+        state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
+        state |= {alias: state[name] for alias, name in self.tied.items()}
+        wanted = network.state_dict()
+        problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
+        problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]
+        for name in wanted.keys() & state.keys():
+            if wanted[name].shape != state[name].shape:
+                problems.append(f"'{name}' is {list(state[name].shape)}, not {list(wanted[name].shape)}")
+            elif name in self.raw and wanted[name].dtype != state[name].dtype:
+                problems.append(f"'{name}' is {state[name].dtype}, not {wanted[name].dtype}")
+        if problems:
+            raise ArtifactError("the artifact belongs to another network: " + "; ".join(sorted(problems)[:5]))
+        network.load_state_dict(state)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers and crashes see all of it or none of it.
+
+    Raises:
+        ArtifactError: the disk is full or the place is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"could not write '{path}' ({error.strerror}); make room and run the same command") from None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum

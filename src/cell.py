@@ -1,0 +1,176 @@
+"""The flow of one cell, the same for every task and method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import get_class
+from torch import distributed
+
+from src import record
+from src.artifact import Artifact
+from src.errors import BitfrontError
+from src.quant.core import Method, QuantizedModel
+from src.record import Run
+from src.tasks.core import Task
+from src.tracking import Tracker
+from src.training import Training, accelerator, fit
+
+
+def build(node: Mapping[str, Any], **shared: Any) -> Any:
+    """The object that a configuration node describes: its ``_target_`` called with its other keys.
+
+    Raises:
+        BitfrontError: the class does not take these keys.
+    """
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        return get_class(node["_target_"])(**arguments, **shared)
+    except TypeError as error:
+        raise BitfrontError(f"{node['_target_']}: {error}") from None
+
+
+def build_task(cell: Mapping[str, Any]) -> Task:
+    """The task of a composed configuration."""
+    return build(cell["task"], **cell["train"], data_root=cell["data_root"], seed=cell["seed"], smoke=cell["smoke"])
+
+
+def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, group: str) -> dict[str, Any]:
+    """Run a cell whose directory is locked; resume its training if it was interrupted.
+
+    Args:
+        cell: as ``config.load`` gives it.
+        start: artifact to start from, and its hash.
+        run: where results go.
+        rank: number of this process; 0 writes.
+        group: of W&B runs.
+
+    Returns:
+        The record.
+
+    Raises:
+        BitfrontError: with what the user can do; recorded as the run's failure.
+    """
+    about = {
+        "id": run.path.name,
+        "task": cell["names"]["task"],
+        "method": cell["names"]["quant"],
+        "setting": cell["setting"],
+        "seed": cell["seed"],
+        "config": {key: value for key, value in cell.items() if key not in ("names", "setting")},
+        "init_sha256": start and start["sha256"],
+        "environment": record.environment(),
+    }
+    try:
+        result = {"status": "finished"} | about | _run(cell, start, run, rank, about, group)
+    except BitfrontError as error:
+        if rank == 0:
+            run.write({"status": "failed", "error": str(error)} | about)
+        raise
+    if rank == 0:
+        run.write(result)
+        run.checkpoint.unlink(missing_ok=True)
+    _barrier()
+    return result
+
+
+def _run(
+    cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, about: dict[str, Any], group: str
+) -> dict[str, Any]:
+    device = torch.device(accelerator(cell["trainer"]["accelerator"]))
+    task, method = build_task(cell), build(cell["quant"])
+    stages: dict[str, dict[str, float]] = {}
+    with _measured("attach", stages):
+        model = _attached(task, method, start)
+    history: list[dict[str, float]] = []
+    tracker = Tracker(
+        cell["wandb"] if rank == 0 else "disabled",
+        run_id=about["id"],
+        name=f"{about['task']} {about['method']} {about['setting']}",
+        group=group or about["task"],
+        config=about["config"],
+        directory=run.path,
+    )
+    try:
+        if method.trains:
+
+            def log(numbers: dict[str, float]) -> None:
+                tracker.log(int(numbers["epoch"]), numbers, model.widths())
+
+            with _measured("train", stages):
+                training = Training(model, task, method, run.checkpoint, log)
+                fit(training, cell["trainer"])
+                history = training.history
+            stages["train"]["seconds"] = training.seconds  # of interrupted attempts too
+        model = model.cpu().eval()
+        if rank == 0:
+            model.artifact({"task": cell["task"], "train": cell["train"], "smoke": cell["smoke"]}).save(run.artifact)
+        _barrier()
+        with _measured("evaluate", stages):
+            metrics = evaluate(task, run.artifact, device)
+        name, higher = task.primary
+        result = {
+            "primary": {"name": name, "higher_is_better": higher, "value": metrics["test"][name]},
+            "metrics": metrics,
+            "sizes": sizes(model, run.artifact),
+            "widths": model.widths(),
+            "stages": stages,
+            "history": history,
+            "artifact": str(run.artifact),
+            "artifact_sha256": record.sha256(run.artifact),
+        }
+        summary = {f"test/{k}": v for k, v in metrics["test"].items()} | {f"size/{k}": v for k, v in result["sizes"].items()}
+        tracker.finish(summary, run.artifact)
+        return result
+    finally:
+        tracker.close()
+
+
+def evaluate(task: Task, artifact: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Metrics of an artifact file, by split, in a fresh float network."""
+    network = task.model()
+    Artifact.load(artifact).load_into(network)
+    return {split: task.evaluate(network.to(device), split, device) for split in ("valid", "test")}
+
+
+def sizes(model: QuantizedModel, artifact: Path) -> dict[str, float]:
+    """Bytes of the file (the size that counts), of its tensors, and of the float network's; MB by the papers' rule."""
+    state = model.network.state_dict(keep_vars=True).values()
+    return {
+        "file": artifact.stat().st_size,
+        "payload": Artifact.load(artifact).payload,
+        "float": sum(t.numel() * t.itemsize for t in {id(t): t for t in state}.values()),
+        "rule_mb": model.megabytes().item(),
+        "parameters": sum(p.numel() for p in model.network.parameters()),
+    }
+
+
+def _attached(task: Task, method: Method, start: dict[str, str] | None) -> QuantizedModel:
+    if not method.trains and not start:
+        raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
+    pl.seed_everything(task.seed, verbose=False)
+    network = task.model()
+    if start:
+        Artifact.load(start["artifact"]).load_into(network)
+    return method.attach(network)
+
+
+@contextmanager
+def _measured(stage: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    stages[stage] = {"seconds": time.perf_counter() - began, "peak_memory": record.peak_memory()}
+    if torch.cuda.is_available():
+        stages[stage]["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _barrier() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()

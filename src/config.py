@@ -1,0 +1,200 @@
+"""The configuration: one command line composed into one plain dictionary, checked before anything heavy is imported.
+
+The yaml files are the schema: an override must name a key that they have, with a value of that key's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import BitfrontError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = ("task", "quant")
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list, [a,b]"}
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: its yaml files."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def load(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a cell.
+
+    Args:
+        overrides: words of a command line without sweeps, as ``task=vit quant=diffq penalty=5``.
+
+    Returns:
+        The resolved configuration, with ``names``: the chosen task and method, and ``setting``: the method's knobs
+        and what else was overridden, as words.
+    """
+    config = _compose(overrides)
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    choices = plain.pop("hydra")["runtime"]["choices"]
+    cell = {str(key): value for key, value in plain.items()}
+    names = {group: choices[group] for group in GROUPS}
+    shared = yaml.safe_load((CONF / "config.yaml").read_text())
+    knobs = [key for key in cell if key not in shared and key not in (*GROUPS, "train")]
+    others = [o for o in overrides if o.split("=")[0].split(".")[0] in ("task", "train", "quant", "init_from") and "." in o]
+    setting = [f"{key}={cell[key]:g}" if isinstance(cell[key], float) else f"{key}={cell[key]}" for key in knobs]
+    return cell | {"names": names, "setting": " ".join(setting + others)}
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse a command line whose overrides do not fit the configuration, sweeps included.
+
+    Raises:
+        BitfrontError: naming the choices, or the closest key.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides([w for w in words if not w.startswith("-")])
+    except HydraException as error:
+        raise BitfrontError(f"{error}; options are words like penalty=5") from None
+    overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
+    chosen: dict[str, list[str]] = {}
+    for override in overrides:
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise BitfrontError(f"'{override.input_line}' adds or deletes a key; only existing keys can be set")
+        if override.key_or_group in GROUPS:
+            chosen[override.key_or_group] = _choices(override)
+    for choice in itertools.product(*chosen.values()):
+        groups = dict(zip(chosen, choice, strict=True))
+        config = _compose([f"{group}={name}" for group, name in groups.items()])
+        method = config.hydra.runtime.choices["quant"]
+        for override in overrides:
+            if override.key_or_group not in GROUPS:
+                _check_key(config, override, method)
+
+
+def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Options of a small command: ``key=value`` words over defaults of the same type.
+
+    Raises:
+        BitfrontError: an unknown key or a value of another type.
+    """
+    values = dict(defaults)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in defaults:
+            raise BitfrontError(f"unknown option '{word}'; options: {', '.join(f'{k}=' for k in defaults)}")
+        values[key] = text if isinstance(defaults[key], str) else yaml.safe_load(text)
+        _check_type(key, defaults[key], values[key])
+    return values
+
+
+def usage() -> str:
+    """The help text: tasks, methods with their knobs, and the options that all cells share."""
+    lines = [
+        "Run one cell, a task x a method; write one packed file and its record.",
+        "",
+        "  python -m src.run task=vit quant=diffq penalty=5",
+        "  python -m src.run -m task=vit quant=diffq penalty=0.5,1,2,5,10    a sweep; finished cells are skipped",
+        "",
+        "Tasks (task=):",
+    ]
+    lines += [f"  {name:14}{_description('task', name)}" for name in options("task")]
+    lines += ["", "Methods (quant=) and their knobs:"]
+    for name in options("quant"):
+        knobs = {k: v for k, v in _yaml("quant", name).items() if k not in ("quant", "init_from", "defaults")}
+        lines.append(f"  {name:14}{_description('quant', name)}")
+        if knobs:
+            lines.append(" " * 16 + " ".join(f"{k}={v}" for k, v in knobs.items()))
+    lines += ["", "Every cell:"]
+    for key, value in yaml.safe_load((CONF / "config.yaml").read_text()).items():
+        if key not in ("defaults", "hydra"):
+            shown = " ".join(f"{key}.{k}={v}" for k, v in value.items()) if isinstance(value, dict) else f"{key}={value}"
+            lines.append(f"  {shown}")
+    lines += ["", "All keys of a cell, which task.*, train.* and quant.* set:  python -m src.run quant=diffq --cfg job"]
+    return "\n".join(lines).replace("=None", "=null").replace("=False", "=false")
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():  # inside a job of Hydra's
+        return compose("config", list(overrides), return_hydra_config=True)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=True)
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    return list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+
+
+def _choices(override: Override) -> list[str]:
+    group, known = override.key_or_group, options(override.key_or_group)
+    value = override.value()
+    names = value.filter(known) if isinstance(value, Glob) else [str(v) for v in _values(override)]
+    for name in names:
+        if name not in known:
+            raise BitfrontError(f"there is no {group}={name}; {_closest(name, known)}choices: {', '.join(known)}")
+    return names
+
+
+def _check_key(config: DictConfig, override: Override, method: str) -> None:
+    key = override.key_or_group
+    known = [k for k in _keys(config) if not k.startswith("hydra")]
+    if key not in known:
+        short = [k for k in known if "." not in k and not OmegaConf.is_config(config[k])]
+        raise BitfrontError(
+            f"quant={method} has no option '{key}'; {_closest(key, known)}options: {', '.join(short)}, "
+            f"{', '.join(k for k in known if k.startswith('quant.') and k != 'quant._target_')}, task.*, train.*"
+        )
+    default = OmegaConf.select(config, key)
+    for value in _values(override):
+        _check_type(key, OmegaConf.to_container(default) if OmegaConf.is_config(default) else default, value)
+
+
+def _check_type(key: str, default: Any, value: Any) -> None:
+    if default is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int),
+        float: number and math.isfinite(value),
+        list: isinstance(value, list),
+        dict: False,
+    }.get(type(default), value is not None)
+    if not fits:
+        wanted = TYPES.get(type(default), "no value; set one of its keys")
+        raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean '{close[0]}'? " if close else ""
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and key != "hydra":
+            keys += _keys(node, f"{prefix}{key}.")
+    return keys
+
+
+def _yaml(group: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+
+
+def _description(group: str, name: str) -> str:
+    comments = [line[2:] for line in (CONF / group / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+    return comments[1]

@@ -1,0 +1,261 @@
+"""A quantized model is a function ``y = f(x; Q(w))``: the float network ``f`` stays untouched, one small
+``Quantizer`` per weight tensor turns the float weight into what the network sees.
+
+A training-time method writes a ``Quantizer`` and a ``Trained`` dataclass that makes one per tensor; a
+post-training method writes a ``PostTraining`` dataclass whose ``solve`` returns the packed tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from src.artifact import MAX_BITS, Artifact, Packed
+from src.errors import BitfrontError
+
+MB = 2**20  # bytes; the papers' penalties are per MB of this size
+
+
+class Quantizer(nn.Module):
+    """How one weight tensor is quantized: ``surrogate`` is what training sees, ``encode`` what the disk sees."""
+
+    def surrogate(self, w: Tensor) -> Tensor:
+        """The weight that the network sees in training, float32 of ``w``'s shape, differentiable."""
+        raise NotImplementedError
+
+    def encode(self, w: Tensor) -> Packed:
+        """The tensor as it is stored."""
+        raise NotImplementedError
+
+    def bits(self) -> Tensor:
+        """Stored bits by the papers' size rule; differentiable in training mode, exact in evaluation mode."""
+        raise NotImplementedError
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The weight that the network sees: ``surrogate`` in training mode, else exactly what is stored."""
+        if self.training:
+            return self.surrogate(w.float()).to(w.dtype)
+        with torch.no_grad():
+            return self.encode(w).decode().to(w.dtype)
+
+
+class Frozen(Quantizer):
+    """The result of a post-training method: the codes stay as they were solved."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("size", torch.tensor(float(packed.rule_bits(floats=2))))
+
+    def surrogate(self, w: Tensor) -> Tensor:
+        return self.packed.decode().to(w.device)
+
+    def encode(self, w: Tensor) -> Packed:
+        return self.packed
+
+    def bits(self) -> Tensor:
+        return self.get_buffer("size")
+
+
+class QuantizedModel(nn.Module):
+    """A float network seen through the quantizers of its weights.
+
+    Args:
+        network: any module; its parameters keep their names, tied weights stay tied.
+        quantizers: by the first name of each quantized parameter, as ``eligible`` gives them.
+
+    Raises:
+        BitfrontError: activation checkpointing is on. It recomputes the forward with the float weights and
+            would give wrong gradients without a word.
+    """
+
+    def __init__(self, network: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+        super().__init__()
+        for module in network.modules():
+            if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
+                raise BitfrontError(
+                    f"{type(module).__name__} has activation checkpointing switched on, which recomputes with "
+                    "unquantized weights and gives wrong gradients; switch it off"
+                )
+        self.network = network
+        self.names = list(quantizers)
+        self.quantizers = nn.ModuleList(quantizers.values())
+        self._cached: dict[str, Tensor] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.network, self.weights(), args, kwargs)
+
+    def items(self) -> Iterator[tuple[str, Quantizer, nn.Parameter]]:
+        """Name, quantizer and float weight of every quantized tensor."""
+        for name, quantizer in zip(self.names, self.quantizers, strict=True):
+            assert isinstance(quantizer, Quantizer)
+            yield name, quantizer, self.network.get_parameter(name)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the network sees, by name. In evaluation mode computed once, until the weights may have changed."""
+        if self.training:
+            return {name: quantizer(w) for name, quantizer, w in self.items()}
+        if self._cached is None:
+            self._cached = {name: quantizer(w) for name, quantizer, w in self.items()}
+        return self._cached
+
+    def megabytes(self) -> Tensor:
+        """Model size in MB by the papers' rule: small parameters in their own type, no buffers, tied tensors once.
+
+        Differentiable in training mode; in evaluation mode the widths are those on disk.
+        """
+        quantized = set(self.names)
+        parameters = self.network.named_parameters()
+        small = sum(8 * p.numel() * p.itemsize for name, p in parameters if name not in quantized)
+        return (sum(quantizer.bits() for _, quantizer, _ in self.items()) + torch.tensor(float(small))) / (8 * MB)
+
+    @torch.no_grad()
+    def encode(self) -> dict[str, Packed]:
+        """Every quantized tensor as it is stored.
+
+        Raises:
+            BitfrontError: a weight is not finite.
+        """
+        for name, p in self.network.named_parameters():
+            if not torch.isfinite(p).all():
+                raise BitfrontError(f"'{name}' holds NaN or infinity; lower the learning rate and train again")
+        return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
+
+    def widths(self) -> dict[str, list[int]]:
+        """By quantized tensor, how many of its stored weights have 0, 1, 2, ... bits."""
+        return {name: packed.width_counts() for name, packed in self.encode().items()}
+
+    def artifact(self, about: Mapping[str, Any]) -> Artifact:
+        """The whole network as it is stored, with its provenance."""
+        return Artifact.of(self.network, self.encode(), about)
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> int:
+        """Write the artifact; return its size in bytes."""
+        return self.artifact(about).save(path)
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        self._cached = None
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._cached = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QuantizedModel:
+        self._cached = None
+        return super()._apply(*args, **kwargs)
+
+
+def eligible(network: nn.Module, min_size: float = 0.01, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that are quantized, by their first name and in the network's order.
+
+    Args:
+        network: any module.
+        min_size: in MB of float32; only larger tensors are quantized, whatever their layer.
+        exclude: patterns (``*``, ``?``) of full or last names. A tied tensor is left out if any of its names matches.
+    """
+    names: dict[int, list[str]] = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    excluded = {
+        key
+        for key, known in names.items()
+        for name in known
+        if any(fnmatchcase(name, e) or fnmatchcase(name.rpartition(".")[2], e) for e in exclude)
+    }
+    return {
+        name: p
+        for name, p in network.named_parameters()
+        if p.is_floating_point() and p.numel() > int(min_size * MB) // 4 and id(p) not in excluded
+    }
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A quantization method with its hyper-parameters. Every method quantizes the same tensors (``eligible``).
+
+    Attributes:
+        min_size, exclude: as in ``eligible``.
+        penalty: what a MB costs in units of the loss; 0 for methods of fixed size.
+        trains: whether there is a training stage.
+    """
+
+    min_size: float = 0.01
+    exclude: list[str] = field(default_factory=list)
+    penalty: float = 0.0
+    trains: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
+        check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
+
+    def attach(self, network: nn.Module) -> QuantizedModel:
+        """Wrap a network whose weights are the starting point."""
+        return QuantizedModel(network, self.quantizers(network))
+
+    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
+        """One quantizer per eligible tensor; none means a float model."""
+        return {}
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The quantizers' own optimizer, stepped beside the network's with a constant learning rate.
+
+        None trains the quantizers' parameters in the network's optimizer.
+        """
+        return None
+
+
+@dataclass(kw_only=True)
+class Float(Method):
+    """No quantization: the baseline, in the same file format."""
+
+
+@dataclass(kw_only=True)
+class Trained(Method):
+    """A method that trains through its quantizers."""
+
+    def quantizer(self, w: Tensor) -> Quantizer:
+        """The quantizer of one tensor; may take its initial state from ``w``."""
+        raise NotImplementedError
+
+    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
+        return {name: self.quantizer(w) for name, w in eligible(network, self.min_size, self.exclude).items()}
+
+
+@dataclass(kw_only=True)
+class PostTraining(Method):
+    """A method that quantizes a trained network without training."""
+
+    trains: ClassVar[bool] = False
+
+    def solve(self, w: Tensor) -> Packed:
+        """Quantize one tensor."""
+        raise NotImplementedError
+
+    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
+        weights = eligible(network, self.min_size, self.exclude)
+        return {name: Frozen(self.solve(w.detach())) for name, w in weights.items()}
+
+
+def check(holds: bool, message: str) -> None:
+    """Refuse a hyper-parameter.
+
+    Raises:
+        BitfrontError: with the message.
+    """
+    if not holds:
+        raise BitfrontError(message)
+
+
+def check_bits(bits: int, group_size: int) -> None:
+    """Refuse widths and group sizes that no method can store."""
+    check(1 <= bits <= MAX_BITS, f"bits is 1..{MAX_BITS}, got {bits}")
+    check(group_size >= -1, f"group_size is n > 0 weights, 0 for the tensor or -1 for a row, got {group_size}")
+

@@ -1,0 +1,57 @@
+"""Quantization-aware training with the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432), as the
+baseline "QAT" of the DiffQ paper (arXiv 2104.09987):
+
+    w_train = w + stop_gradient(Q(w) - w),       Q = round to nearest between the current extremes
+
+Differs from the official code: ranges per tensor, row or group (there: tensor), widths are whole numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.artifact import Packed, grouped
+from src.quant.core import Quantizer, Trained, check_bits
+from src.quant.rtn import round_to_nearest
+
+
+class STEQuantizer(Quantizer):
+    """Sees the stored weight, sends the gradient to the float weight unchanged."""
+
+    def __init__(self, w: Tensor, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.width, self.group_size = bits, group_size
+        groups = grouped(w.detach(), group_size)
+        self.register_buffer("size", torch.tensor(float(bits * groups.numel() + 64 * len(groups))))
+
+    def surrogate(self, w: Tensor) -> Tensor:
+        return w + (self.encode(w).decode() - w).detach()
+
+    def encode(self, w: Tensor) -> Packed:
+        return round_to_nearest(w, self.width, self.group_size)
+
+    def bits(self) -> Tensor:
+        return self.get_buffer("size")
+
+
+@dataclass(kw_only=True)
+class STE(Trained):
+    """Straight-through estimator.
+
+    Attributes:
+        bits: 1..15.
+        group_size: weights that share a range: n consecutive ones, -1 a row, 0 the whole tensor.
+    """
+
+    bits: int = 4
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.bits, self.group_size)
+
+    def quantizer(self, w: Tensor) -> STEQuantizer:
+        return STEQuantizer(w, self.bits, self.group_size)

@@ -1,0 +1,146 @@
+"""A task: network, data, loss, metrics and training recipe of one benchmark. Plain PyTorch, knows no quantization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torchmetrics import MetricCollection
+
+from src.errors import BitfrontError
+
+
+@dataclass(kw_only=True)
+class Task:
+    """One benchmark. The fields here are the recipe that every task has; subclasses add what defines the problem.
+
+    Attributes:
+        data_root: folder of the data sets (layouts: README).
+        seed: of the initial weights, the order of the data and the augmentation.
+        smoke: shrink network, data and recipe to seconds, on generated data and no files.
+        epochs, batch_size, lr, weight_decay: the training recipe; batch_size is over all processes.
+        warmup: share of the steps with a linearly rising learning rate, before a cosine to zero.
+    """
+
+    primary: ClassVar[tuple[str, bool]]  # name of the headline metric; whether higher is better
+
+    data_root: str
+    seed: int
+    smoke: bool
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    _splits: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise BitfrontError(f"train.{name} is positive, got {getattr(self, name)}")
+        if self.smoke:
+            self.epochs, self.batch_size = min(self.epochs, 2), min(self.batch_size, 32)
+
+    def model(self) -> nn.Module:
+        """A fresh float network; the caller seeds."""
+        raise NotImplementedError
+
+    def dataset(self, split: str) -> Any:
+        """The "train", "valid" or "test" split: has a length; indexing with a list of integers gives a batch."""
+        raise NotImplementedError
+
+    def loss(self, net: nn.Module, batch: Any) -> Tensor:
+        """The training loss of a batch, a scalar."""
+        raise NotImplementedError
+
+    def metrics(self) -> MetricCollection:
+        """Fresh metrics, named as in the record."""
+        raise NotImplementedError
+
+    def update(self, metrics: MetricCollection, net: nn.Module, batch: Any) -> None:
+        """Add the network's predictions on a batch to the metrics."""
+        raise NotImplementedError
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The network's optimizer: AdamW, no decay of vectors (norms, biases)."""
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, weight_decay=self.weight_decay)
+
+    def lr_factor(self, progress: float) -> float:
+        """Learning rate as a share of ``lr`` at ``progress`` in 0..1 of the training."""
+        if progress < self.warmup:
+            return (progress + 1e-3) / (self.warmup + 1e-3)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    def loader(self, split: str) -> DataLoader:
+        """Batches of a split: the training split shuffled by (seed, epoch), shared out over the processes."""
+        if split not in self._splits:
+            self._splits[split] = self.dataset(split)
+        dataset = self._splits[split]
+        batches = EpochBatches(len(dataset), self.batch_size, self.seed if split == "train" else None)
+        return DataLoader(dataset, sampler=batches, batch_size=None)
+
+    @torch.inference_mode()
+    def evaluate(self, net: nn.Module, split: str, device: torch.device | str = "cpu") -> dict[str, float]:
+        """All metrics of a network on a split, over all processes."""
+        training = net.training
+        net.eval()
+        metrics = self.metrics().to(device)
+        for batch in self.loader(split):
+            self.update(metrics, net, to_device(batch, device))
+        net.train(training)
+        return {name: value.item() for name, value in metrics.compute().items()}
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Lists of indices, one per batch, that depend on (seed, epoch) alone, so that a resumed run repeats them.
+
+    Args:
+        n: size of the data set.
+        batch_size: over all processes; each process draws its share of every batch.
+        seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
+            every index is drawn once.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int | None) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if distributed else 0
+        self.world = torch.distributed.get_world_size() if distributed else 1
+        if batch_size % self.world:
+            raise BitfrontError(f"train.batch_size={batch_size} does not divide among {self.world} processes")
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size // self.world, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the trainer calls this."""
+        self.epoch = epoch
+
+    def indices(self) -> list[int]:
+        """This process's share."""
+        if self.seed is None:
+            return list(range(self.rank, self.n, self.world))
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        order = np.resize(order, -(-self.n // self.world) * self.world)
+        return order[self.rank :: self.world].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(BatchSampler(self.indices(), self.batch_size, drop_last=False))
+
+    def __len__(self) -> int:
+        return -(-len(self.indices()) // self.batch_size)
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Move a tensor, or a tuple of them."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(to_device(part, device) for part in batch)

@@ -1,0 +1,204 @@
+"""Training: the one LightningModule for every task and method, and the Trainer's construction."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from src.errors import BitfrontError
+from src.quant.core import Method, QuantizedModel
+from src.tasks.core import Task
+
+Log = Callable[[dict[str, float]], None]
+
+
+class Chain(Optimizer):
+    """Several optimizers stepped as one, so that weights and widths can have their own kind.
+
+    Args:
+        optimizers: over disjoint parameters.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+class Training(pl.LightningModule):
+    """Task loss plus penalty times size, with a validation, a checkpoint and a log entry after each epoch.
+
+    Args:
+        model: what is trained.
+        task: loss, data, recipe.
+        method: penalty and the quantizers' optimizer.
+        checkpoint: where to resume from, and to leave the state after each epoch.
+        log: called with each epoch's numbers.
+    """
+
+    def __init__(self, model: QuantizedModel, task: Task, method: Method, checkpoint: Path, log: Log) -> None:
+        super().__init__()
+        self.model, self.task, self.method, self.checkpoint, self.on_epoch = model, task, method, checkpoint, log
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def configure_optimizers(self) -> Any:
+        own = list(self.model.quantizers.parameters())
+        extra = self.method.optimizer(own) if own else None
+        main = self.task.optimizer([*self.model.network.parameters(), *([] if extra else own)])
+        chain = Chain([main, *([extra] if extra else [])])
+        steps = self.trainer.estimated_stepping_batches
+        schedules = [lambda step: self.task.lr_factor(min(step / steps, 1.0))] * len(main.param_groups)
+        constant = [lambda step: 1.0] * (len(chain.param_groups) - len(main.param_groups))
+        return {"optimizer": chain, "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"}}
+
+    def train_dataloader(self) -> Any:
+        return self.task.loader("train")
+
+    def on_train_epoch_start(self) -> None:
+        # Every draw of an epoch depends on (seed, epoch, process) alone: a resumed run repeats it.
+        draws = np.random.SeedSequence([self.task.seed, self.current_epoch, self.global_rank])
+        pl.seed_everything(int(draws.generate_state(1)[0]), verbose=False)
+        self.started = time.perf_counter()
+        self.total = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = self.task.loss(self.model, batch)
+        self.total += loss.detach()
+        return loss + self.method.penalty * self.model.megabytes() if self.method.penalty else loss
+
+    def on_train_epoch_end(self) -> None:
+        loss = self.total.item() / self.trainer.num_training_batches
+        if not loss < float("inf"):
+            raise BitfrontError(f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again")
+        numbers = {f"valid/{k}": v for k, v in self.task.evaluate(self.model, "valid", self.device).items()}
+        with torch.no_grad():
+            numbers["size_mb"] = self.model.eval().megabytes().item()
+        self.seconds += time.perf_counter() - self.started
+        self.history.append({"epoch": self.current_epoch + 1, "train/loss": loss, **numbers})
+        self.on_epoch(self.history[-1])
+        self.save()
+        self.model.train()
+
+    def save(self) -> None:
+        """Leave the state behind atomically."""
+        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}")
+        try:
+            self.trainer.save_checkpoint(temporary)
+            if self.global_rank == 0:
+                os.replace(temporary, self.checkpoint)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise BitfrontError(
+                f"could not write '{self.checkpoint}' ({error}); make room and run the same command, it resumes"
+            ) from None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bitfront"] = {"history": self.history, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history, self.seconds = checkpoint["bitfront"]["history"], checkpoint["bitfront"]["seconds"]
+
+
+class Progress(pl.Callback):
+    """One bar over the whole training with the last epoch's numbers; on a terminal only."""
+
+    def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+        self.bar = tqdm(
+            total=int(trainer.estimated_stepping_batches),
+            initial=trainer.global_step,
+            disable=None if trainer.is_global_zero else True,
+            unit="step",
+            leave=False,
+        )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.bar.update()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+        assert isinstance(training, Training)
+        if training.history:
+            last = training.history[-1]
+            primary = f"valid/{training.task.primary[0]}"
+            self.bar.set_postfix_str(f"epoch {last['epoch']:.0f}, {primary} {last[primary]:.4g}, {last['size_mb']:.3f} MB")
+
+    def teardown(self, trainer: pl.Trainer, training: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def quiet() -> None:
+    """Keep Lightning's banners and advertisements out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.handlers.clear()
+    warnings.filterwarnings("ignore", module=r"lightning.*")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+
+
+def accelerator(wanted: str) -> str:
+    """Resolve "auto", and refuse a device that is not there.
+
+    Raises:
+        BitfrontError: no such device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "mps": torch.backends.mps.is_available()}
+    there["gpu"] = there["cuda"] = torch.cuda.is_available()
+    if not there.get(wanted, False):
+        usable = ", ".join(name for name, available in there.items() if available)
+        raise BitfrontError(f"trainer.accelerator={wanted} is not available here; available: auto, {usable}")
+    return "cuda" if wanted == "gpu" else wanted
+
+
+def fit(training: Training, trainer: dict[str, Any]) -> None:
+    """Train to the end of the recipe, from the checkpoint if there is one.
+
+    Args:
+        training: holds the model, which is trained in place, and the history.
+        trainer: ``accelerator``, ``devices``, ``precision`` of the configuration.
+
+    Raises:
+        BitfrontError: the loss is not finite, or the disk is full; the last checkpoint stays.
+    """
+    quiet()
+    runner = pl.Trainer(
+        **trainer | {"accelerator": accelerator(trainer["accelerator"])},
+        max_epochs=training.task.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[Progress()],
+    )
+    runner.fit(training, ckpt_path=training.checkpoint if training.checkpoint.is_file() else None)
