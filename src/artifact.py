@@ -156,17 +156,9 @@ class Packed:
         first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))
         return ungrouped((self.codes * step).add_(first), self.shape)
 
-    def rule_bits(self, floats: int, lowest: int | None = None) -> int:
-        """Bits by the papers' size rule (DiffQ, eq. of the model size).
-
-        Args:
-            floats: 32-bit numbers that the method stores per scale.
-            lowest: smallest width that a table of widths can hold; None when there is no table.
-        """
-        group_size = self.codes.shape[1]
-        bits = self.bits.long().expand(len(self.codes))
-        table = 0 if lowest is None else 8 + len(bits) * (int(bits.max()) - lowest).bit_length()
-        return group_size * int(bits.sum()) + 32 * floats * self.lo.numel() + table
+    def rule_bits(self) -> int:
+        """Bits by the papers' size rule: the codes, and two 32-bit numbers per scale."""
+        return self.codes.shape[1] * int(self.bits.long().expand(len(self.codes)).sum()) + 64 * self.lo.numel()
 
     def layout(self) -> dict[str, Any]:
         """What the header says of this tensor; with it the entry's bytes can be read."""

@@ -39,8 +39,8 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: words of a command line without sweeps, as ``task=vit quant=diffq penalty=5``.
 
     Returns:
-        The resolved configuration, with ``names``: the chosen task and method, and ``setting``: the method's knobs
-        and what else was overridden, as words.
+        The resolved configuration, with ``names``: the chosen task and method, and ``setting``: as words, the method's
+        first knob, and what else differs from the files.
     """
     config = _compose(overrides)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -48,11 +48,9 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     choices = plain.pop("hydra")["runtime"]["choices"]
     cell = {str(key): value for key, value in plain.items()}
     names = {group: choices[group] for group in GROUPS}
-    shared = yaml.safe_load((CONF / "config.yaml").read_text())
-    knobs = [key for key in cell if key not in shared and key not in (*GROUPS, "train")]
-    others = [o for o in overrides if o.split("=")[0].split(".")[0] in ("task", "train", "quant", "init_from") and "." in o]
-    setting = [f"{key}={cell[key]:g}" if isinstance(cell[key], float) else f"{key}={cell[key]}" for key in knobs]
-    return cell | {"names": names, "setting": " ".join(setting + others)}
+    words = [f"{knob}={cell[knob]}" for n, (knob, v) in enumerate(_knobs(names["quant"])) if n == 0 or cell[knob] != v]
+    words += [o for o in overrides if o.startswith(("task.", "train.", "quant."))]
+    return cell | {"names": names, "setting": " ".join(words)}
 
 
 def check(words: Sequence[str]) -> None:
@@ -110,10 +108,8 @@ def usage() -> str:
     lines += [f"  {name:14}{_description('task', name)}" for name in options("task")]
     lines += ["", "Methods (quant=) and their knobs:"]
     for name in options("quant"):
-        knobs = {k: v for k, v in _yaml("quant", name).items() if k not in ("quant", "init_from", "defaults")}
-        lines.append(f"  {name:14}{_description('quant', name)}")
-        if knobs:
-            lines.append(" " * 16 + " ".join(f"{k}={v}" for k, v in knobs.items()))
+        knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(name))
+        lines += [f"  {name:14}{_description('quant', name)}"] + ([f"{'':16}{knobs}"] if knobs else [])
     lines += ["", "Every cell:"]
     for key, value in yaml.safe_load((CONF / "config.yaml").read_text()).items():
         if key not in ("defaults", "hydra"):
@@ -191,8 +187,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _yaml(group: str, name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+def _knobs(method: str) -> list[tuple[str, Any]]:
+    """The keys that a method's yaml declares at top level, with their defaults."""
+    keys = yaml.safe_load((CONF / "quant" / f"{method}.yaml").read_text())
+    return [(key, value) for key, value in keys.items() if key not in ("quant", "init_from", "defaults")]
 
 
 def _description(group: str, name: str) -> str:

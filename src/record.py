@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
     """Code revision, versions and machine."""
     return {
         "git": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",

@@ -129,7 +129,7 @@ def summary(finished: dict[str, Any]) -> str:
     name, value = finished["primary"]["name"], finished["primary"]["value"]
     sizes = finished["sizes"]
     return (
-        f"{' '.join([finished['task'], finished['method'], finished['setting']]).strip()}: {name} {value:.4f}, "
+        f"{' '.join([finished['task'], finished['method'], finished['setting']]).strip()}: {name} {value:.4g}, "
         f"{sizes['file']:,} bytes, {sizes['float'] / sizes['file']:.2f}x smaller than float  {finished['artifact']}"
     )
 

@@ -52,7 +52,7 @@ class Frozen(Quantizer):
     def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.packed = packed
-        self.register_buffer("size", torch.tensor(float(packed.rule_bits(floats=2))))
+        self.register_buffer("size", torch.tensor(float(packed.rule_bits())))
 
     def surrogate(self, w: Tensor) -> Tensor:
         return self.packed.decode().to(w.device)

@@ -6,8 +6,8 @@
 One width ``b`` per group of weights, one range per tensor. The noise has the standard deviation of rounding with
 step 1 / (2**b - 1) (uniform) or more (gaussian), so that the gradient of the task loss meets that of the size in b.
 
-Differs from the official code: a group size that does not divide is padded; the widths' table starts at the
-smallest width in use; tied weights have one logit each that is stepped once; widths 1..15 all survive storing.
+Differs from the official code: a group size that does not divide is padded; on disk the table of widths
+starts at the smallest one in use (the size in training follows the paper: at min_bits); tied weights have one logit each that is stepped once; widths 1..15 all survive storing.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ class DiffQQuantizer(Quantizer):
     def bits(self) -> Tensor:
         if self.training:
             widths = self.widths() + self.method.extra_bits
+            lowest = torch.tensor(float(self.method.min_bits), device=widths.device)
         else:
             widths = self.stored_widths()
-        table = (1 + widths.detach().max().round() - self.method.min_bits).clamp_min(1).log2().ceil()
+            lowest = widths.min()
+        table = (1 + widths.detach().max().round() - lowest).clamp_min(1).log2().ceil()
         return self.group_numel * widths.sum() + 64 + 8 + len(widths) * table
 
 

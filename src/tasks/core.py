@@ -29,6 +29,7 @@ class Task:
     """
 
     primary: ClassVar[tuple[str, bool]]  # name of the headline metric; whether higher is better
+    percent: ClassVar[tuple[str, ...]] = ()  # metrics given in percent
 
     data_root: str
     seed: int
@@ -99,7 +100,7 @@ class Task:
         for batch in self.loader(split):
             self.update(metrics, net, to_device(batch, device))
         net.train(training)
-        return {name: value.item() for name, value in metrics.compute().items()}
+        return {name: value.item() * (100 if name in self.percent else 1) for name, value in metrics.compute().items()}
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -27,6 +27,7 @@ class Vision(Task):
     """
 
     primary: ClassVar[tuple[str, bool]] = ("top1", True)
+    percent: ClassVar[tuple[str, ...]] = ("top1", "top5")
 
     data: str
     classes: int

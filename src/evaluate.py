@@ -1,0 +1,59 @@
+"""Metrics of an artifact file, measured as in its run: loaded into a fresh float network.
+
+    python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from src import config, record
+from src.errors import BitfrontError
+
+OPTIONS = {"artifact": "", "data_root": "data", "accelerator": "auto"}
+CONSOLE = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Print every metric with all its digits, and whether the run's record says the same."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        CONSOLE.print(f"{__doc__}\nOptions: {' '.join(f'{key}={value}' for key, value in OPTIONS.items())}")
+        return
+    try:
+        chosen = config.parse(words, OPTIONS)
+        metrics = evaluate(Path(chosen["artifact"]), chosen["data_root"], chosen["accelerator"])
+    except BitfrontError as error:
+        sys.exit(f"error: {error}")
+    CONSOLE.print(f"{chosen['artifact']}: {Path(chosen['artifact']).stat().st_size:,} bytes")
+    for split, values in metrics.items():
+        CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
+    recorded = record.read(Path(chosen["artifact"]).with_name(record.RECORD))
+    if recorded:
+        same = recorded["metrics"] == metrics
+        CONSOLE.print("the same as in its record" if same else f"its record says otherwise: {recorded['metrics']}")
+
+
+def evaluate(artifact: Path, data_root: str, accelerator: str) -> dict[str, dict[str, float]]:
+    """Metrics by split.
+
+    Raises:
+        BitfrontError: the file, the data or the device is not there.
+    """
+    if not artifact.is_file():
+        raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
+    import torch
+
+    from src import cell, training
+    from src.artifact import Artifact
+
+    about = Artifact.load(artifact).about
+    task = cell.build_task(about | {"data_root": data_root, "seed": 0})
+    return cell.evaluate(task, artifact, torch.device(training.accelerator(accelerator)))
+
+
+if __name__ == "__main__":
+    main()

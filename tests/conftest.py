@@ -1,0 +1,95 @@
+"""Four tiny networks that between them have tied weights, buffers, stock attention and a recurrent layer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class TiedGPT(nn.Module):
+    """A language model whose output layer is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.hidden = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.embedding(x))))
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch norm: buffers matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 3, groups=2), nn.BatchNorm2d(10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((2, 3))
+
+
+class Attention(nn.Module):
+    """A stock attention layer: its projections are parameters, not modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Recurrent(nn.Module):
+    """An LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, batch_first=True)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[0])
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], Callable[[], Tensor]]] = {
+    "gpt": (TiedGPT, lambda: torch.randint(40, (4, 6))),
+    "conv": (ConvNet, lambda: torch.randn(4, 3, 8, 8)),
+    "attention": (Attention, lambda: torch.randn(4, 6, 16)),
+    "lstm": (Recurrent, lambda: torch.randn(4, 6, 8)),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def tiny(request: pytest.FixtureRequest) -> tuple[type[nn.Module], Tensor]:
+    """A network class and an input for it."""
+    torch.manual_seed(0)
+    network, x = NETWORKS[request.param]
+    return network, x()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m ...`` as a user would, without W&B."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+    )

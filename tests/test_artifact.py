@@ -1,0 +1,199 @@
+"""Bit packing, the decode rule, and the file: exact, strict, atomic."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ConvNet, TiedGPT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+
+from src.artifact import Artifact, ArtifactError, Packed, grouped, pack, packed_bytes, ungrouped, unpack
+from src.quant.rtn import round_to_nearest
+
+
+@given(width=st.integers(1, 15), n=st.integers(0, 70), seed=st.integers(0, 2**32 - 1))
+def test_packing_restores_every_code(width: int, n: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2**width, n).astype(np.uint8 if width <= 8 else np.uint16)
+    packed = pack(codes, width)
+    assert packed.size == packed_bytes(n, width) == width * ((n + 7) // 8)
+    np.testing.assert_array_equal(unpack(packed, width, n), codes)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2047, 2048, 2049, 65535, 65536, 65537, 200_003])
+@pytest.mark.parametrize("width", [1, 2, 8, 9, 15])
+def test_packing_across_chunks(n: int, width: int) -> None:
+    codes = np.random.default_rng(n).integers(0, 2**width, n).astype(np.uint8 if width <= 8 else np.uint16)
+    np.testing.assert_array_equal(unpack(pack(codes, width), width, n), codes)
+
+
+def test_packing_is_bit_planes_lowest_first() -> None:
+    assert pack(np.array([1, 2, 3, 0], np.uint8), 2).tolist() == [0b0101, 0b0110]
+
+
+def packed_tensors() -> st.SearchStrategy[Packed]:
+    """Mixed widths 1..15, scales per tensor or group, spans of either sign, sizes that do not divide."""
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Packed:
+        numel, size = draw(st.integers(1, 60)), draw(st.integers(1, 9))
+        n = -(-numel // size)
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        low = draw(st.integers(1, 15))
+        bits = rng.integers(low, draw(st.integers(low, 15)) + 1, n if draw(st.booleans()) else 1)
+        scales = draw(st.sampled_from([1, n]))
+        dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+        lo, span = (torch.from_numpy(rng.normal(size=scales)).to(dtype) for _ in range(2))
+        codes = rng.integers(0, 2 ** bits[:, None], (n, size))
+        kind = torch.uint8 if bits.max() <= 8 else torch.int16
+        return Packed(
+            torch.from_numpy(codes).to(kind), torch.from_numpy(bits).to(torch.uint8), lo, span, torch.Size([numel])
+        )
+
+    return build()
+
+
+@given(packed_tensors())
+@settings(max_examples=300)
+def test_entry_restores_the_tensor(packed: Packed) -> None:
+    data = packed.to_bytes()
+    again = Packed.from_bytes(data, packed.layout())
+    assert data.numel() == packed.nbytes
+    assert torch.equal(again.decode(), packed.decode())
+    assert torch.equal(again.codes, packed.codes)
+    assert torch.equal(again.bits.expand(len(again.codes)), packed.bits.expand(len(packed.codes)))
+
+
+@given(packed_tensors())
+def test_decode_is_the_rule(packed: Packed) -> None:
+    groups = len(packed.codes)
+    lo, span = (x.double().repeat_interleave(groups // len(x))[:, None] for x in (packed.lo, packed.span))
+    expected = lo + span * packed.codes.double() / (2.0 ** packed.bits.double()[:, None] - 1)
+    close = torch.allclose(packed.decode().double(), ungrouped(expected, packed.shape), rtol=1e-6, atol=1e-6)
+    assert close
+
+
+@given(bits=st.integers(1, 15), size=st.integers(-1, 7), seed=st.integers(0, 1000))
+def test_nearest_is_within_half_a_step(bits: int, size: int, seed: int) -> None:
+    w = torch.randn(5, 9, generator=torch.Generator().manual_seed(seed))
+    packed = round_to_nearest(w, bits, size)
+    step = packed.span / (2**bits - 1)
+    error = grouped((w - packed.decode()).abs(), size).amax(1)
+    assert (error <= step * (0.5 + 1e-4) + 1e-6).all()
+
+
+def test_nearest_of_decoded_is_itself() -> None:
+    packed = round_to_nearest(torch.randn(64, 8), 5, -1)
+    again = Packed.nearest(packed.decode(), packed.bits, packed.lo, packed.span, -1)
+    assert torch.equal(again.codes, packed.codes)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1, 4, 7])
+def test_groups_are_consecutive_and_padded_with_the_last_value(size: int) -> None:
+    w = torch.arange(30.0).view(5, 6)
+    groups = grouped(w, size)
+    assert torch.equal(ungrouped(groups, w.shape), w)
+    assert groups.shape == {0: (1, 30), -1: (5, 6), 1: (30, 1), 4: (8, 4), 7: (5, 7)}[size]
+    assert (groups.flatten()[30:] == 29).all()
+
+
+@pytest.mark.parametrize("w", [torch.full((4, 4), 0.3), torch.zeros(4, 4), torch.full((4, 4), -1e-30)])
+def test_constant_tensors_are_exact(w: torch.Tensor) -> None:
+    assert torch.equal(round_to_nearest(w, 3, 0).decode(), w)
+
+
+def stored(network: nn.Module, path: Path, about: dict | None = None) -> Artifact:
+    weights = {n: p for n, p in network.named_parameters() if p.dim() > 1}
+    artifact = Artifact.of(network, {n: round_to_nearest(p, 3, 4) for n, p in weights.items()}, about or {})
+    artifact.save(path)
+    return artifact
+
+
+def test_file_round_trip_with_buffers_ties_and_provenance(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"gpt": TiedGPT(), "conv": ConvNet().train()})
+    network["conv"](torch.randn(4, 3, 8, 8))  # moves the running statistics
+    network["conv"].layers[1].half()
+    artifact = stored(network, tmp_path / "a", {"task": {"x": [1, None, "é"]}})
+    loaded = Artifact.load(tmp_path / "a")
+    assert loaded.about == {"task": {"x": [1, None, "é"]}}
+    assert loaded.tied == {"gpt.head.weight": "gpt.embedding.weight"}
+    fresh = nn.ModuleDict({"gpt": TiedGPT(), "conv": ConvNet()})
+    fresh["conv"].layers[1].half()
+    loaded.load_into(fresh)
+    for name, tensor in network.state_dict().items():
+        key = loaded.tied.get(name, name)
+        expected = artifact.packed[key].decode() if key in artifact.packed else tensor
+        assert torch.equal(fresh.state_dict()[name], expected) and fresh.state_dict()[name].dtype == tensor.dtype
+    assert fresh["gpt"].head.weight is fresh["gpt"].embedding.weight
+
+
+def test_payload_is_what_the_file_holds_beside_its_header(tmp_path: Path) -> None:
+    artifact = stored(ConvNet(), tmp_path / "a")
+    with open(tmp_path / "a", "rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert artifact.payload == (tmp_path / "a").stat().st_size - header
+
+
+def test_small_tensors_can_be_read_by_any_safetensors_reader(tmp_path: Path) -> None:
+    network = ConvNet()
+    stored(network, tmp_path / "a")
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert torch.equal(file.get_tensor("layers.1.running_var"), network.state_dict()["layers.1.running_var"])
+
+
+@pytest.mark.parametrize("change", ["cut", "flip", "empty", "other", "newer", "missing"])
+def test_a_damaged_file_is_refused_with_a_reason(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a"
+    stored(ConvNet(), path)
+    data = bytearray(path.read_bytes())
+    if change == "cut":
+        data = data[:-20]
+    elif change == "flip":
+        data[-5] ^= 1
+    elif change == "empty":
+        data = bytearray()
+    elif change == "newer":
+        data = data.replace(b'\\"version\\":1', b'\\"version\\":9')
+    path.write_bytes(data)
+    if change == "other":
+        import safetensors.torch
+
+        safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    elif change == "missing":
+        path.unlink()
+    reason = {"newer": "newer", "other": "not written by bitfront", "missing": "no artifact"}.get(change, "damaged")
+    with pytest.raises(ArtifactError, match=reason):
+        Artifact.load(path)
+
+
+def test_loading_is_strict_and_leaves_the_network_alone(tmp_path: Path) -> None:
+    stored(ConvNet(), tmp_path / "a")
+    artifact = Artifact.load(tmp_path / "a")
+    more, wider, other = ConvNet(), ConvNet(), ConvNet()
+    more.extra = nn.Linear(2, 2)
+    wider.layers[0] = nn.Conv2d(3, 9, 3)
+    other.layers[1].double()
+    for network, reason in ((more, "'extra.bias' is missing"), (wider, "not \\[9, 3, 3, 3\\]"), (other, "float64")):
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with pytest.raises(ArtifactError, match=reason):
+            artifact.load_into(network)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    artifact = stored(ConvNet(), path)
+    before = path.read_bytes()
+    real_open = open
+    monkeypatch.setattr("builtins.open", lambda file, *args: real_open("/dev/full" if ".a." in str(file) else file, *args))
+    with pytest.raises(ArtifactError, match="No space left"):
+        artifact.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

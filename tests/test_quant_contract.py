@@ -1,0 +1,169 @@
+"""What every method must keep, on every tiny network. Methods are found by their yaml files."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TiedGPT
+from hydra.utils import get_class
+from torch import Tensor, nn
+
+from src import config
+from src.artifact import Artifact
+from src.cell import build
+from src.quant.core import MB, Method, QuantizedModel, Trained
+
+Tiny = tuple[type[nn.Module], Tensor]
+MIN_SIZE = 100 * 4 / MB  # tensors of more than 100 values
+
+
+@pytest.fixture(params=config.options("quant"))
+def method(request: pytest.FixtureRequest) -> Method:
+    return replace(build(config.load([f"quant={request.param}"])["quant"]), min_size=MIN_SIZE)
+
+
+def test_the_yaml_holds_the_defaults_of_the_class(method: Method) -> None:
+    name = next(n for n in config.options("quant") if get_class(config.load([f"quant={n}"])["quant"]["_target_"]) is type(method))
+    node = config.load([f"quant={name}"])["quant"]
+    defaults = type(method)()
+    inherited = {"penalty"} if not hasattr(type(method), "lr") else set()
+    for f in fields(method):
+        if f.name in node:
+            assert node[f.name] == getattr(defaults, f.name), f.name
+        else:
+            assert f.name in inherited | {"penalty", "min_size", "exclude"}, f"{name}.yaml does not offer {f.name}"
+
+
+def scattered(model: QuantizedModel) -> QuantizedModel:
+    """The model with its quantizers' parameters away from their start, so that widths and steps differ."""
+    with torch.no_grad():
+        for parameter in model.quantizers.parameters():
+            parameter.mul_(1 + torch.rand_like(parameter)).add_(2 * torch.randn_like(parameter) * (parameter < 0))
+    return model
+
+
+def test_evaluation_is_what_a_fresh_network_computes_from_the_file(method: Method, tiny: Tiny, tmp_path: Path) -> None:
+    network, x = tiny
+    model = scattered(method.attach(network())).eval()
+    model.save(tmp_path / "a", {})
+    fresh = network()
+    Artifact.load(tmp_path / "a").load_into(fresh)
+    assert torch.equal(fresh.eval()(x), model(x))
+    fresh.load_state_dict(fresh.state_dict())  # names are the float network's
+
+
+def test_saving_twice_gives_the_same_bytes(method: Method, tiny: Tiny, tmp_path: Path) -> None:
+    model = method.attach(tiny[0]()).eval()
+    sizes = [model.save(tmp_path / name, {"a": 1}) for name in "ab"]
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert sizes[0] == (tmp_path / "a").stat().st_size
+
+
+def test_size_by_the_rule_is_the_payload(method: Method, tiny: Tiny) -> None:
+    model = scattered(method.attach(tiny[0]())).eval()
+    artifact = model.artifact({})
+    buffers = sum(b.numel() * b.itemsize for b in model.network.buffers())
+    rule = model.megabytes().item() * MB
+    # The rule counts one float per LSQ step where the file has two, and 8 bits for a table; each stream of a
+        # width ends on a byte.
+    assert abs(artifact.payload - buffers - rule) <= 20 * len(model.names) + 1
+
+
+def test_gradients_reach_weights_and_quantizers(method: Method, tiny: Tiny) -> None:
+    network, x = tiny
+    model = method.attach(network()).train()
+    if not isinstance(method, Trained):
+        assert not list(model.quantizers.parameters())
+        return
+    (model(x).square().sum() + model.megabytes()).backward()
+    for name, quantizer, w in model.items():
+        assert w.grad is not None and w.grad.abs().sum() > 0, name
+        for parameter in quantizer.parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_float_weights_survive_every_mode(method: Method, tiny: Tiny) -> None:
+    network, x = tiny
+    model = method.attach(network())
+    before = copy.deepcopy(dict(model.network.named_parameters()))
+    for mode in (True, False, True):
+        model.train(mode)(x)
+    assert all(torch.equal(p, before[name]) for name, p in model.network.named_parameters())
+
+
+def test_pickle_and_deepcopy(method: Method, tiny: Tiny) -> None:
+    network, x = tiny
+    model = method.attach(network()).eval()
+    expected = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+
+
+def test_new_weights_are_seen_in_evaluation_mode(method: Method, tiny: Tiny) -> None:
+    network, x = tiny
+    model, other = method.attach(network()).eval(), method.attach(network()).eval()
+    model(x), other(x)
+    model.load_state_dict(other.state_dict())
+    if method.trains:
+        assert torch.equal(model(x), other(x))
+    model.double().float()
+    assert model._cached is None
+
+
+def test_tied_weights_are_drawn_stored_and_counted_once(method: Method, tmp_path: Path) -> None:
+    model = method.attach(TiedGPT())
+    seen: list[Tensor] = []
+    model.network.embedding.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+    model.network.head.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+    model.train()(torch.randint(40, (2, 3)))
+    assert seen[0] is seen[1]
+    assert model.names.count("embedding.weight") == (0 if not model.names else 1) and "head.weight" not in model.names
+    model.eval().save(tmp_path / "a", {})
+    artifact = Artifact.load(tmp_path / "a")
+    assert artifact.tied == {"head.weight": "embedding.weight"}
+
+
+def test_exclude_and_min_size(method: Method, tiny: Tiny) -> None:
+    network = tiny[0]()
+    everything = set(replace(method, min_size=0.0).attach(network).names)
+    some = set(replace(method, exclude=["*bias*", "out.*"]).attach(network).names)
+    if everything:
+        assert everything == {name for name, p in network.named_parameters() if p.numel() > 0}
+        assert some == {
+            name
+            for name, p in network.named_parameters()
+            if p.numel() > 100 and "bias" not in name and not name.startswith("out.")
+        }
+
+
+def test_bfloat16_weights(method: Method, tiny: Tiny, tmp_path: Path) -> None:
+    network, x = tiny
+    model = method.attach(network().bfloat16())
+    x = x.bfloat16() if x.is_floating_point() else x
+    assert model.train()(x).dtype == torch.bfloat16
+    expected = model.eval()(x)
+    model.save(tmp_path / "a", {})
+    fresh = network().bfloat16().eval()
+    Artifact.load(tmp_path / "a").load_into(fresh)
+    assert torch.equal(fresh(x), expected)
+
+
+def test_a_network_with_nothing_to_quantize_is_float(method: Method, tiny: Tiny) -> None:
+    network, x = tiny
+    model = replace(method, min_size=1.0).attach(network()).eval()
+    assert torch.equal(model(x), model.network(x))
+    assert model.megabytes().item() == sum(p.numel() * 4 for p in model.network.parameters()) / MB
+
+
+def test_checkpointing_networks_are_refused() -> None:
+    from src.errors import BitfrontError
+
+    network = TiedGPT()
+    network.grad_checkpointing = True
+    with pytest.raises(BitfrontError, match="checkpointing"):
+        QuantizedModel(network, {})
