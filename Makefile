@@ -18,7 +18,7 @@ demo: .venv/installed  ## Train and compress a vision transformer on bundled dat
 
 test: .venv/installed  ## Lint and run the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest
 
 smoke: .venv/installed  ## Run every method on tiny data in seconds
 	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs/smoke wandb=disabled

@@ -358,7 +358,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"could not write '{path}' ({error.strerror}); make room and run the same command") from None
+        raise ArtifactError(
+            f"could not write '{path}' ({error.strerror}); make room and run the same command"
+        ) from None
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

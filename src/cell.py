@@ -125,7 +125,9 @@ def _run(
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
         }
-        summary = {f"test/{k}": v for k, v in metrics["test"].items()} | {f"size/{k}": v for k, v in result["sizes"].items()}
+        summary = {f"test/{k}": v for k, v in metrics["test"].items()} | {
+            f"size/{k}": v for k, v in result["sizes"].items()
+        }
         tracker.finish(summary, run.artifact)
         return result
     finally:

@@ -113,7 +113,9 @@ def usage() -> str:
     lines += ["", "Every cell:"]
     for key, value in yaml.safe_load((CONF / "config.yaml").read_text()).items():
         if key not in ("defaults", "hydra"):
-            shown = " ".join(f"{key}.{k}={v}" for k, v in value.items()) if isinstance(value, dict) else f"{key}={value}"
+            shown = (
+                " ".join(f"{key}.{k}={v}" for k, v in value.items()) if isinstance(value, dict) else f"{key}={value}"
+            )
             lines.append(f"  {shown}")
     lines += ["", "All keys of a cell, which task.*, train.* and quant.* set:  python -m src.run quant=diffq --cfg job"]
     return "\n".join(lines).replace("=None", "=null").replace("=False", "=false")

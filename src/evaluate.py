@@ -1,6 +1,6 @@
 """Metrics of an artifact file, measured as in its run: loaded into a fresh float network.
 
-    python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
+python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
 """
 
 from __future__ import annotations

@@ -64,9 +64,11 @@ class Run:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "a+")
+            lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed below
         except OSError as error:
-            raise BitfrontError(f"cannot write to '{self.path}' ({error.strerror}); choose another root=<folder>") from None
+            raise BitfrontError(
+                f"cannot write to '{self.path}' ({error.strerror}); choose another root=<folder>"
+            ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

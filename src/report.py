@@ -137,11 +137,12 @@ def as_csv(table: Sequence[Row]) -> str:
     """One task's rows as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("best method setting bytes ratio bits_per_weight metric mean std seeds seconds runs".split())
+    numbers = ("bytes", "ratio", "bits_per_weight", "metric", "mean", "std", "seeds", "seconds")
+    writer.writerow(("best", "method", "setting", *numbers, "runs"))
     for row in table:
         ratio, bits = row.float_size / row.size, 8 * row.size / row.parameters
-        numbers = (row.size, ratio, bits, row.metric, row.value, row.spread, len(row.values), row.seconds)
-        writer.writerow((int(row.best), row.method, row.setting, *numbers, " ".join(row.runs)))
+        values = (row.size, ratio, bits, row.metric, row.value, row.spread, len(row.values), row.seconds)
+        writer.writerow((int(row.best), row.method, row.setting, *values, " ".join(row.runs)))
     return text.getvalue()
 
 
@@ -156,7 +157,9 @@ def draw(table: Sequence[Row], stem: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     front = [row for row in table if row.best]
     where = "post" if table[0].higher_is_better else "pre"
-    axes.step([r.size / MIB for r in front], [r.value for r in front], where=where, color="0.75", zorder=0, label="best")
+    axes.step(
+        [r.size / MIB for r in front], [r.value for r in front], where=where, color="0.75", zorder=0, label="best"
+    )
     for number, method in enumerate(sorted({row.method for row in table})):
         points = [row for row in table if row.method == method]
         axes.errorbar(
@@ -227,7 +230,9 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
     """
     table = [row for row in rows(record.read_all(root)) if chosen["task"] in ("", row.task)]
     if not table:
-        raise BitfrontError(f"no finished runs in '{root}'; make one with: python -m src.run task=vit quant=diffq penalty=5")
+        raise BitfrontError(
+            f"no finished runs in '{root}'; make one with: python -m src.run task=vit quant=diffq penalty=5"
+        )
     table = [row for row in table if chosen["method"] in ("", row.method)]
     table = [row for row in table if not chosen["max_size"] or row.size <= chosen["max_size"] * MIB]
     out = Path(chosen["out"] or root / "report")

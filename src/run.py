@@ -38,6 +38,8 @@ def main() -> None:
         config.check(words)
     except BitfrontError as error:
         sys.exit(f"error: {error}")
+    # Hydra wants its flags before the options.
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
     job()
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ class Training(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         schedules = [lambda step: self.task.lr_factor(min(step / steps, 1.0))] * len(main.param_groups)
         constant = [lambda step: 1.0] * (len(chain.param_groups) - len(main.param_groups))
-        return {"optimizer": chain, "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"}}
+        return {
+            "optimizer": chain,
+            "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"},
+        }
 
     def train_dataloader(self) -> Any:
         return self.task.loader("train")
@@ -96,7 +100,9 @@ class Training(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         loss = self.total.item() / self.trainer.num_training_batches
         if not loss < float("inf"):
-            raise BitfrontError(f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again")
+            raise BitfrontError(
+                f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again"
+            )
         numbers = {f"valid/{k}": v for k, v in self.task.evaluate(self.model, "valid", self.device).items()}
         with torch.no_grad():
             numbers["size_mb"] = self.model.eval().megabytes().item()
@@ -146,7 +152,9 @@ class Progress(pl.Callback):
         if training.history:
             last = training.history[-1]
             primary = f"valid/{training.task.primary[0]}"
-            self.bar.set_postfix_str(f"epoch {last['epoch']:.0f}, {primary} {last[primary]:.4g}, {last['size_mb']:.3f} MB")
+            self.bar.set_postfix_str(
+                f"epoch {last['epoch']:.0f}, {primary} {last[primary]:.4g}, {last['size_mb']:.3f} MB"
+            )
 
     def teardown(self, trainer: pl.Trainer, training: pl.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
@@ -187,9 +195,12 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         trainer: ``accelerator``, ``devices``, ``precision`` of the configuration.
 
     Raises:
-        BitfrontError: the loss is not finite, or the disk is full; the last checkpoint stays.
+        BitfrontError: the loss is not finite, or the disk is full; the last checkpoint stays. Or that is damaged.
     """
     quiet()
+    checkpoint = training.checkpoint if training.checkpoint.is_file() else None
+    if checkpoint and not zipfile.is_zipfile(checkpoint):
+        raise BitfrontError(f"'{checkpoint}' is damaged; delete it and run again, training then starts over")
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
         max_epochs=training.task.epochs,
@@ -201,4 +212,4 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         num_sanity_val_steps=0,
         callbacks=[Progress()],
     )
-    runner.fit(training, ckpt_path=training.checkpoint if training.checkpoint.is_file() else None)
+    runner.fit(training, ckpt_path=checkpoint)

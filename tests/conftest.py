@@ -82,6 +82,9 @@ def tiny(request: pytest.FixtureRequest) -> tuple[type[nn.Module], Tensor]:
     return network, x()
 
 
+torch.set_num_threads(1)  # networks this small only wait for each other's threads
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

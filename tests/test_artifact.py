@@ -192,7 +192,9 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monk
     artifact = stored(ConvNet(), path)
     before = path.read_bytes()
     real_open = open
-    monkeypatch.setattr("builtins.open", lambda file, *args: real_open("/dev/full" if ".a." in str(file) else file, *args))
+    monkeypatch.setattr(
+        "builtins.open", lambda file, *args: real_open("/dev/full" if ".a." in str(file) else file, *args)
+    )
     with pytest.raises(ArtifactError, match="No space left"):
         artifact.save(path)
     assert path.read_bytes() == before

@@ -28,7 +28,11 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 def test_the_yaml_holds_the_defaults_of_the_class(method: Method) -> None:
-    name = next(n for n in config.options("quant") if get_class(config.load([f"quant={n}"])["quant"]["_target_"]) is type(method))
+    name = next(
+        n
+        for n in config.options("quant")
+        if get_class(config.load([f"quant={n}"])["quant"]["_target_"]) is type(method)
+    )
     node = config.load([f"quant={name}"])["quant"]
     defaults = type(method)()
     inherited = {"penalty"} if not hasattr(type(method), "lr") else set()
@@ -70,7 +74,7 @@ def test_size_by_the_rule_is_the_payload(method: Method, tiny: Tiny) -> None:
     buffers = sum(b.numel() * b.itemsize for b in model.network.buffers())
     rule = model.megabytes().item() * MB
     # The rule counts one float per LSQ step where the file has two, and 8 bits for a table; each stream of a
-        # width ends on a byte.
+    # width ends on a byte.
     assert abs(artifact.payload - buffers - rule) <= 20 * len(model.names) + 1
 
 

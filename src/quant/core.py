@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from src.artifact import MAX_BITS, Artifact, Packed
 from src.errors import BitfrontError
@@ -72,8 +73,9 @@ class QuantizedModel(nn.Module):
         quantizers: by the first name of each quantized parameter, as ``eligible`` gives them.
 
     Raises:
-        BitfrontError: activation checkpointing is on. It recomputes the forward with the float weights and
-            would give wrong gradients without a word.
+        BitfrontError: activation checkpointing is on, which recomputes the forward with the float weights and would
+            give wrong gradients without a word; or a weight is computed from others (weight norm), so that not the
+            weight itself would be quantized.
     """
 
     def __init__(self, network: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
@@ -83,6 +85,11 @@ class QuantizedModel(nn.Module):
                 raise BitfrontError(
                     f"{type(module).__name__} has activation checkpointing switched on, which recomputes with "
                     "unquantized weights and gives wrong gradients; switch it off"
+                )
+            if quantizers and (is_parametrized(module) or hasattr(module, "weight_g")):
+                raise BitfrontError(
+                    f"{type(module).__name__} computes its weight from other parameters (weight norm or the like); "
+                    "remove the parametrization first, so that the weight itself is quantized"
                 )
         self.network = network
         self.names = list(quantizers)
@@ -256,6 +263,8 @@ def check(holds: bool, message: str) -> None:
 
 def check_bits(bits: int, group_size: int) -> None:
     """Refuse widths and group sizes that no method can store."""
-    check(1 <= bits <= MAX_BITS, f"bits is 1..{MAX_BITS}, got {bits}")
-    check(group_size >= -1, f"group_size is n > 0 weights, 0 for the tensor or -1 for a row, got {group_size}")
-
+    check(isinstance(bits, int) and 1 <= bits <= MAX_BITS, f"bits is a whole number, 1..{MAX_BITS}, got {bits}")
+    check(
+        isinstance(group_size, int) and group_size >= -1,
+        f"group_size is n > 0 weights, 0 for the tensor or -1 for a row, got {group_size}",
+    )

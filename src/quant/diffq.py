@@ -6,8 +6,9 @@
 One width ``b`` per group of weights, one range per tensor. The noise has the standard deviation of rounding with
 step 1 / (2**b - 1) (uniform) or more (gaussian), so that the gradient of the task loss meets that of the size in b.
 
-Differs from the official code: a group size that does not divide is padded; on disk the table of widths
-starts at the smallest one in use (the size in training follows the paper: at min_bits); tied weights have one logit each that is stepped once; widths 1..15 all survive storing.
+Differs from the official code: a group size that does not divide is padded; on disk the table of widths starts at the
+smallest one in use (the size in training follows the paper: at min_bits); tied weights have one logit each that is
+stepped once; widths 1..15 all survive storing.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class DiffQ(Trained):
         penalty: what a MB costs in units of the loss (the paper's lambda).
         group_size: consecutive weights that share a width; 0 for the whole tensor, -1 for a row.
         min_bits, init_bits, max_bits: range and start of the widths.
-        param: "bits" (b is a sigmoid of the logit between the limits) or "noise" (the noise's scale is, in its logarithm).
+        param: "bits" (b is a sigmoid of the logit between the limits) or "noise" (the logarithm of the noise is).
         noise: "gaussian" (standard deviation of half a step) or "uniform" (within half a step).
         extra_bits: added to every width when storing, never in training.
         lr: learning rate (Adam, constant, no weight decay) of the logits. A logit moves by at most lr per step: from 8
@@ -93,8 +94,9 @@ class DiffQ(Trained):
         super().__post_init__()
         check_bits(1, self.group_size)
         check(
-            1 <= self.min_bits < self.init_bits < self.max_bits <= MAX_BITS,
-            f"widths need 1 <= min_bits < init_bits < max_bits <= {MAX_BITS}, "
+            all(isinstance(b, int) for b in (self.min_bits, self.init_bits, self.max_bits, self.extra_bits))
+            and 1 <= self.min_bits < self.init_bits < self.max_bits <= MAX_BITS,
+            f"widths are whole numbers with 1 <= min_bits < init_bits < max_bits <= {MAX_BITS}, "
             f"got {self.min_bits}, {self.init_bits}, {self.max_bits}",
         )
         check(self.param in ("bits", "noise"), f"quant.param is 'bits' or 'noise', got '{self.param}'")

@@ -62,20 +62,20 @@ class LSQ(Trained):
     Attributes:
         bits: 1..15.
         group_size: weights that share a step: n consecutive ones, -1 a row, 0 the whole tensor (the paper).
-        lr: learning rate (Adam, constant) of the steps; None trains them in the network's optimizer (the paper).
+        lr: learning rate (Adam, constant) of the steps; 0 trains them in the network's optimizer (the paper).
     """
 
     bits: int = 4
     group_size: int = 0
-    lr: float | None = None
+    lr: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.bits, self.group_size)
-        check(self.lr is None or self.lr > 0, f"quant.lr is positive, got {self.lr}")
+        check(self.lr >= 0, f"quant.lr is not negative, got {self.lr}")
 
     def quantizer(self, w: Tensor) -> LSQQuantizer:
         return LSQQuantizer(w, self.bits, self.group_size)
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-        return None if self.lr is None else torch.optim.Adam(parameters, lr=self.lr)
+        return torch.optim.Adam(parameters, lr=self.lr) if self.lr else None

@@ -1,0 +1,174 @@
+"""Ours against the official DiffQ package: packing, training step, evaluation, file, and equality of the weights.
+
+    pip install --no-deps diffq==0.2.4      # needs a C compiler
+    python -m benchmarks.diffq              # writes results/benchmarks/diffq.json and diffq.md
+
+Both sides run in turn in one process, and what counts is the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from src import record
+from src.artifact import pack, unpack
+from src.quant.core import QuantizedModel
+from src.quant.diffq import DiffQ
+
+OUT = Path("results/benchmarks")
+CODES = 8_000_000
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each side, run one after the other in every repeat, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def packing(official: Any) -> dict[str, dict[str, float]]:
+    """Packing and unpacking of random codes, by width."""
+    rows = {}
+    for width in (2, 3, 4, 8, 12):
+        codes = np.random.default_rng(0).integers(0, 2**width, CODES).astype(np.uint8 if width <= 8 else np.uint16)
+        tensor = torch.from_numpy(codes.astype(np.int16))
+        planes, blocks = pack(codes, width), official.bitpack.pack(tensor, width)
+        rows[f"pack {width} bits"] = in_turn(
+            {"ours": lambda c=codes, w=width: pack(c, w), "official": lambda t=tensor, w=width: official.bitpack.pack(t, w)}, 5
+        )
+        rows[f"unpack {width} bits"] = in_turn(
+            {
+                "ours": lambda p=planes, w=width: unpack(p, w, CODES),
+                "official": lambda b=blocks: official.bitpack.unpack(b, CODES),
+            },
+            5,
+        )
+    return rows
+
+
+def networks() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
+    """Networks of a size that a training step takes a fraction of a second."""
+    vit = lambda: timm.models.vision_transformer.VisionTransformer(  # noqa: E731
+        img_size=32, patch_size=8, embed_dim=192, depth=6, num_heads=6, num_classes=10
+    )
+    return {
+        "ViT 192 x 6": (vit, torch.randn(64, 3, 32, 32)),
+        "ResNet-18": (lambda: torchvision.models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64)),
+    }
+
+
+def both(make: Callable[[], nn.Module], official: Any) -> tuple[QuantizedModel, nn.Module, Any]:
+    """The same network under our DiffQ and under the official one, with equal weights and equal random widths."""
+    torch.manual_seed(0)
+    network = make()
+    theirs = make()
+    theirs.load_state_dict(network.state_dict())
+    model = DiffQ(group_size=8).attach(network)
+    quantizer = official.DiffQuantizer(theirs, group_size=8)
+    quantizer.setup_optimizer(torch.optim.Adam([{"params": []}]))
+    for mine, qparam in zip(model.quantizers, quantizer._qparams, strict=True):
+        with torch.no_grad():
+            mine.logits.normal_(-1.0, 1.0)
+            qparam.logit.copy_(mine.logits.view_as(qparam.logit))
+    return model, theirs, quantizer
+
+
+def training(official: Any) -> dict[str, dict[str, float]]:
+    """One forward and backward with penalty, and one evaluation forward."""
+    rows = {}
+    for name, (make, x) in networks().items():
+        model, theirs, quantizer = both(make, official)
+        plain = make()
+
+        def step(net: nn.Module, size: Callable[[], Any], x: Tensor = x) -> None:
+            (net(x).square().mean() + 1e-3 * size()).backward()
+
+        rows[f"training step, {name}"] = in_turn(
+            {
+                "ours": lambda: step(model.train(), model.megabytes),
+                "official": lambda: step(theirs.train(), quantizer.model_size),
+                "float": lambda: step(plain.train(), lambda: 0.0),
+            },
+            15,
+        )
+        small = x[:4]
+        model.eval(), theirs.eval(), plain.eval()
+        with torch.no_grad():
+            rows[f"evaluation of 4 images, {name}"] = in_turn(
+                {"ours": lambda: model(small), "official": lambda: theirs(small), "float": lambda: plain(small)}, 15
+            )
+    return rows
+
+
+def files(official: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Writing DeiT-B with mixed widths; bytes of both, and how far the evaluated weights differ."""
+    model, theirs, quantizer = both(lambda: timm.create_model("deit_base_patch16_224"), official)
+    model.eval(), theirs.eval()
+
+    def official_file() -> bytes:
+        buffer = io.BytesIO()
+        torch.save(quantizer.get_quantized_state(), buffer)
+        return buffer.getvalue()
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        seconds = in_turn({"ours": lambda: model.save(path, {}), "official": official_file}, 3)
+        facts = {
+            "bytes, ours": float(path.stat().st_size),
+            "bytes, official": float(len(official_file())),
+            "bytes by the paper's rule": quantizer.true_model_size() * 2**20,
+        }
+    weights = model.weights()
+    with quantizer.enter_quantize():
+        theirs_now = dict(theirs.named_parameters())
+        steps = [float((w.max() - w.min()) / (2**15 - 1)) for w in weights.values()]
+        errors = [float((w - theirs_now[name]).abs().max()) for name, w in weights.items()]
+    facts["largest difference of a weight, in finest steps"] = max(e / s for e, s in zip(errors, steps, strict=True))
+    return {"write DeiT-B": seconds}, facts
+
+
+def main() -> None:
+    """Run everything and write the results."""
+    try:
+        import diffq as official
+        import diffq.bitpack
+    except ImportError:
+        sys.exit("error: the official package is missing: pip install --no-deps diffq==0.2.4 (it needs a C compiler)")
+    OUT.mkdir(parents=True, exist_ok=True)
+    rows = packing(official) | training(official)
+    written, facts = files(official)
+    rows |= written
+    environment = record.environment()
+    lines = ["| what | ours, ms | official, ms | official / ours | ours / float |", "|---|---|---|---|---|"]
+    for what, times in rows.items():
+        share = f"{times['ours'] / times['float']:.2f}" if "float" in times else ""
+        milliseconds = f"{1e3 * times['ours']:.1f} | {1e3 * times['official']:.1f}"
+        lines.append(f"| {what} | {milliseconds} | {times['official'] / times['ours']:.2f} | {share} |")
+    lines += ["", "| DeiT-B, mixed widths | |", "|---|---|", *(f"| {k} | {v:,.4g} |" for k, v in facts.items())]
+    lines += ["", f"`python -m benchmarks.diffq`, {environment['machine']}, torch {torch.__version__}."]
+    (OUT / "diffq.md").write_text("\n".join(lines) + "\n")
+    (OUT / "diffq.json").write_text(json.dumps({"rows": rows, "facts": facts, "environment": environment}, indent=1) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

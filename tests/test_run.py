@@ -1,0 +1,195 @@
+"""The commands, end to end, as a user runs them: run, skip, resume, evaluate, report, fail clearly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, command
+
+from src.record import read, read_all, sha256
+
+SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over every method, once for this file."""
+    root = tmp_path_factory.mktemp("runs")
+    result = command("src.run", "-m", *SMOKE, "quant=glob(*)", f"root={root}")
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def only(root: Path, method: str) -> Path:
+    """The one run directory of a method."""
+    (path,) = (root / "vit" / method).iterdir()
+    return path
+
+
+def test_every_method_leaves_a_file_and_a_record(root: Path) -> None:
+    records = {record["method"]: record for record in read_all(root)}
+    assert set(records) == {path.stem for path in (REPOSITORY / "conf" / "quant").glob("*.yaml")}
+    start = records["float"]["artifact_sha256"]
+    for method, record in records.items():
+        artifact = only(root, method) / "model.safetensors"
+        assert record["sizes"]["file"] == artifact.stat().st_size
+        assert record["artifact_sha256"] == sha256(artifact)
+        assert record["primary"]["value"] == record["metrics"]["test"]["top1"]
+        assert record["init_sha256"] in ((None,) if method == "float" else (start, None))
+        assert {"git", "packages", "machine"} <= set(record["environment"])
+        assert not (only(root, method) / "last.ckpt").exists()
+        if method != "float":
+            assert record["sizes"]["file"] < 0.5 * records["float"]["sizes"]["file"]
+            assert record["sizes"]["rule_mb"] * 2**20 == pytest.approx(record["sizes"]["payload"], rel=0.02)
+    assert len(records["diffq"]["history"]) == 2
+    assert {"train/loss", "valid/top1", "size_mb"} <= set(records["diffq"]["history"][0])
+
+
+def test_evaluation_of_the_file_repeats_the_record(root: Path) -> None:
+    for method in ("float", "diffq", "lsq"):
+        path = only(root, method)
+        result = command("src.evaluate", f"artifact={path / 'model.safetensors'}", "accelerator=cpu")
+        assert "the same as in its record" in result.stdout, result.stdout + result.stderr
+        metrics = read(path / "record.json")["metrics"]  # type: ignore[index]
+        assert repr(metrics["test"]["top1"]) in result.stdout
+
+
+def test_evaluation_needs_nothing_but_the_file(root: Path, tmp_path: Path) -> None:
+    shutil.copy(only(root, "diffq") / "model.safetensors", tmp_path / "x.safetensors")
+    result = command("src.evaluate", f"artifact={tmp_path / 'x.safetensors'}", "accelerator=cpu")
+    assert result.returncode == 0 and "top1" in result.stdout and "record" not in result.stdout
+
+
+def test_a_finished_cell_is_not_run_again(root: Path) -> None:
+    before = (only(root, "diffq") / "record.json").stat().st_mtime_ns
+    began = time.perf_counter()
+    result = command("src.run", *SMOKE, "quant=diffq", f"root={root}")
+    assert time.perf_counter() - began < 5
+    assert "finished before" in result.stdout and result.returncode == 0
+    assert (only(root, "diffq") / "record.json").stat().st_mtime_ns == before
+
+
+KILLED = """
+import os, signal, sys
+from src import run, training
+real = training.Training.training_step
+def step(self, batch, index):
+    if self.current_epoch == 1 and index == 1 and self.model.names:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, batch, index)
+training.Training.training_step = step
+run.run_cell(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("method", ["diffq", "lsq"])
+def test_killed_and_rerun_ends_like_an_uninterrupted_run(root: Path, tmp_path: Path, method: str) -> None:
+    words = [*SMOKE, f"quant={method}", f"root={tmp_path}", "wandb=disabled"]
+    shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    path = only(tmp_path, method)
+    assert (path / "last.ckpt").is_file() and not (path / "record.json").exists()
+    assert command("src.run", *words).returncode == 0
+    again, straight = read(path / "record.json"), read(only(root, method) / "record.json")
+    assert again and straight
+    assert again["artifact_sha256"] == straight["artifact_sha256"]
+    assert again["metrics"] == straight["metrics"] and again["history"] == straight["history"]
+
+
+def test_start_from_an_artifact_given_by_path(root: Path, tmp_path: Path) -> None:
+    start = only(root, "float") / "model.safetensors"
+    result = command("src.run", *SMOKE, "quant=rtn", f"init_from={start}", f"root={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert read(only(tmp_path, "rtn") / "record.json")["init_sha256"] == sha256(start)  # type: ignore[index]
+    # The same start under another name is the same cell.
+    assert only(tmp_path, "rtn").name == only(root, "rtn").name
+
+
+def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
+    result = command("src.report", str(root), f"out={tmp_path}")
+    assert result.returncode == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"vit-smoke.{kind}" for kind in ("csv", "md", "png", "svg")}
+    for method in ("float", "rtn", "ste", "lsq", "diffq"):
+        assert method in result.stdout and method in (tmp_path / "vit-smoke.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("quant=rtn", "init_from=null"), "give init_from=float"),
+        (("quant=rtn", "init_from=/nowhere/x"), "no such file"),
+        (("quant=float", "init_from=float"), "cannot start from itself"),
+        (("quant=rtn", "bits=16", "init_from=null"), "1..15, got 16"),
+        (("wandb=maybe",), "choices: auto, online, offline, disabled"),
+        (("trainer.accelerator=tpu",), "available: auto, cpu"),
+        (("task=vit_cifar10", "smoke=false", "data_root=/nowhere"), "no images in '/nowhere/cifar10"),
+        (("root=/proc/nowhere",), "choose another root"),
+        (("train.lr=1e30", "quant=float"), "lower train.lr"),
+        (("-m", "trainer.devices=2"), "sweep in one process cannot use several devices"),
+        (("train.batch_size=0",), "train.batch_size is positive"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_message(words: tuple[str, ...], answer: str, tmp_path: Path) -> None:
+    result = command("src.run", *SMOKE, f"root={tmp_path}", *words)
+    assert result.returncode != 0
+    assert answer in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if "error:" in line]) == 1
+
+
+def test_a_failed_cell_is_recorded_does_not_stop_the_sweep_and_is_tried_again(tmp_path: Path) -> None:
+    result = command("src.run", "-m", *SMOKE, "train.lr=1e30,1e-3", f"root={tmp_path}")
+    assert result.returncode != 0 and "lower train.lr" in result.stderr
+    records = [json.loads(p.read_text()) for p in tmp_path.rglob("record.json")]
+    assert sorted(r["status"] for r in records) == ["failed", "finished"]
+    assert len(read_all(tmp_path)) == 1
+    assert "lower train.lr" in command("src.run", *SMOKE, "train.lr=1e30", f"root={tmp_path}").stderr
+
+
+def test_a_cell_that_is_running_elsewhere_is_left_alone(root: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    path = tmp_path / "vit" / "float" / only(root, "float").name
+    path.mkdir(parents=True)
+    with open(path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        result = command("src.run", *SMOKE, "quant=float", f"root={tmp_path}")
+    assert result.returncode != 0 and "running already (process 1 on elsewhere" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["checkpoint", "artifact", "start"])
+def test_damaged_files_are_named(root: Path, tmp_path: Path, damage: str) -> None:
+    if damage == "checkpoint":
+        path = tmp_path / "vit" / "float" / only(root, "float").name
+        path.mkdir(parents=True)
+        (path / "last.ckpt").write_bytes(b"PK half a file")
+        result = command("src.run", *SMOKE, "quant=float", f"root={tmp_path}")
+    else:
+        data = (only(root, "float") / "model.safetensors").read_bytes()
+        broken = tmp_path / "broken"
+        broken.write_bytes(data[:-100])
+        words = ("src.evaluate", f"artifact={broken}")
+        if damage == "start":
+            words = ("src.run", *SMOKE, "quant=rtn", f"init_from={broken}", f"root={tmp_path}")
+        result = command(*words)
+    assert result.returncode != 0 and "damaged" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
+    words = [*SMOKE, "quant=float", f"root={tmp_path}", "wandb=disabled"]
+    code = KILLED.replace("SIGKILL", "SIGINT").replace(" and self.model.names", "")
+    stopped = subprocess.run([sys.executable, "-c", code, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert stopped.returncode != 0
+    assert (only(tmp_path, "float") / "last.ckpt").is_file()
+    assert command("src.run", *words).returncode == 0

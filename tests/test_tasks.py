@@ -1,0 +1,153 @@
+"""Tasks: metrics at their extremes, fixed splits, order of the data, image folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from src import config
+from src.cell import build_task
+from src.data.images import class_folders, digits, shift_and_mirror
+from src.errors import BitfrontError
+from src.tasks.core import EpochBatches, Task
+
+
+def task(name: str, *words: str) -> Task:
+    return build_task(config.load([f"task={name}", *words]))
+
+
+class Constant(nn.Module):
+    """Gives the logits it was told, batch after batch."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits, self.at = logits, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.at += len(x)
+        return self.logits[self.at - len(x) : self.at]
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_cifar10"])
+def test_perfect_and_chance_predictors(name: str) -> None:
+    vision = task(name, "smoke=true")
+    labels = vision.dataset("test").labels
+    perfect = vision.evaluate(Constant(nn.functional.one_hot(labels, 10) * 50.0), "test")
+    assert perfect == pytest.approx({"top1": 100, "top5": 100, "loss": 0}, abs=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    chance = vision.evaluate(Constant(torch.randn(len(labels), 10, generator=generator)), "test")
+    assert chance["top1"] == pytest.approx(10, abs=8) and chance["top5"] == pytest.approx(50, abs=13)
+    flat = vision.evaluate(Constant(torch.randn(len(labels), 10, generator=generator) * 1e-6), "test")
+    assert flat["loss"] == pytest.approx(2.302585, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", config.options("task"))
+def test_smoke_mode_learns_without_files(name: str) -> None:
+    smoke = task(name, "smoke=true", "data_root=/nowhere")
+    torch.manual_seed(0)
+    net = smoke.model().train()
+    optimizer = smoke.optimizer(net.parameters())
+    losses = []
+    for _ in range(5):
+        for batch in smoke.loader("train"):
+            optimizer.zero_grad()
+            loss = smoke.loss(net, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert set(smoke.evaluate(net, "valid")) == set(smoke.evaluate(net, "test"))
+
+
+def test_digits_are_split_once_and_by_class() -> None:
+    counts = {split: torch.bincount(digits(split).labels, minlength=10) for split in ("train", "valid", "test")}
+    assert [int(c.sum()) for c in counts.values()] == [1257, 180, 360]
+    for c in counts.values():
+        assert c.max() - c.min() <= 0.1 * c.sum()
+    assert digits("test").labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    def order(seed: int | None, epoch: int) -> list[list[int]]:
+        batches = EpochBatches(10, 4, seed)
+        batches.set_epoch(epoch)
+        assert len(list(batches)) == len(batches) == 3
+        return list(batches)
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 0) != order(0, 1) != order(1, 1)
+    assert sorted(sum(order(0, 1), [])) == list(range(10))
+    assert order(None, 5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_processes_share_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    shares, plain = [], []
+    for r in (0, 1):
+        monkeypatch.setattr(distributed, "get_rank", lambda r=r: r)
+        shares.append(sum(EpochBatches(11, 4, 3), []))
+        plain.append(sum(EpochBatches(11, 4, None), []))
+        assert all(len(batch) <= 2 for batch in EpochBatches(11, 4, 3))
+    assert len(shares[0]) == len(shares[1]) == 6 and set(shares[0] + shares[1]) == set(range(11))
+    assert sorted(plain[0] + plain[1]) == list(range(11))
+    with pytest.raises(BitfrontError, match="does not divide among 2"):
+        EpochBatches(11, 5, None)
+
+
+def test_shifting_and_mirroring_moves_whole_images() -> None:
+    x = torch.rand(64, 3, 6, 5)
+    moved = shift_and_mirror(x, 2)
+    assert moved.shape == x.shape
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    for i in range(8):
+        windows = [padded[i, :, r : r + 6, c : c + 5] for r in range(5) for c in range(5)]
+        assert any(torch.equal(moved[i], w) or torch.equal(moved[i], w.flip(2)) for w in windows)
+    assert not torch.equal(shift_and_mirror(x, 2), moved)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    vision = task("vit")
+    factors = [vision.lr_factor(step / 1000) for step in range(1001)]
+    peak = factors.index(max(factors))
+    assert peak == pytest.approx(1000 * vision.warmup, abs=1) and 0.95 < factors[peak] <= 1
+    assert factors[0] < 0.05 and factors[-1] == pytest.approx(0, abs=1e-9)
+    assert factors[:peak] == sorted(factors[:peak]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """CIFAR-10 as class folders, ten images each."""
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "cifar10" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (32, 32), (25 * label, 10 * i, 0)).save(folder / f"{i:04}.png")
+    return tmp_path
+
+
+def test_image_folders_are_read_and_split(folders: Path) -> None:
+    splits = {split: class_folders(folders / "cifar10", split, 4) for split in ("train", "valid", "test")}
+    assert [len(images) for images in splits.values()] == [90, 10, 100]
+    assert splits["train"].crop == 4 and splits["test"].crop == splits["valid"].crop == 0
+    assert torch.equal(splits["test"].pixels[:, 0, 0, 0], (25 * splits["test"].labels).to(torch.uint8))
+    seen = {(int(p[0, 0, 0]), int(p[1, 0, 0])) for split in ("train", "valid") for p in splits[split].pixels}
+    assert len(seen) == 100
+    metrics = task("vit_cifar10", f"data_root={folders}", "task.depth=1").evaluate(
+        Constant(torch.zeros(100, 10)), "test"
+    )
+    assert metrics["top1"] == pytest.approx(10)
+
+
+def test_a_missing_or_broken_folder_says_where_it_is_expected(folders: Path) -> None:
+    with pytest.raises(BitfrontError, match="data_root=<folder>"):
+        task("vit_cifar10", "data_root=/nowhere").loader("train")
+    (folders / "cifar10" / "train" / "class0" / "0000.png").write_bytes(b"no image")
+    with pytest.raises(BitfrontError, match="could not read"):
+        class_folders(folders / "cifar10", "train", 0)
