@@ -4,7 +4,7 @@ RUN := $(PY) -m src.run
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke lint test-slow bench results lock clean
+.PHONY: help setup demo test smoke lint test-slow bench publish results lock clean
 
 help:  ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -21,8 +21,8 @@ test: .venv/installed  ## Lint and run the test suite (under 10 minutes on 2 cor
 	$(PY) -m pytest
 
 smoke: .venv/installed  ## Run every method on tiny data in seconds
-	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs/smoke wandb=disabled
-	$(PY) -m src.report runs/smoke out=runs/smoke
+	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs-smoke wandb=disabled
+	$(PY) -m src.report runs-smoke
 
 lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff check .
@@ -31,6 +31,18 @@ lint: .venv/installed  ## Check style and types
 
 test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes
 	$(PY) -m pytest -m slow
+
+bench: .venv/installed  ## Compare with the official DiffQ package (installs it; needs a C compiler)
+	$(PY) -m uv pip install -q --no-deps diffq==0.2.4
+	$(PY) -m benchmarks.diffq
+
+publish:  ## Copy the finished records below runs/ to results/records
+	@cd runs && grep -l '"status": "finished"' */*/*/record.json | while read -r record; do \
+		run=$$(dirname "$$record"); mkdir -p "../results/records/$$(dirname "$$run")"; \
+		cp "$$record" "../results/records/$$run.json"; done
+
+results: .venv/installed  ## Regenerate tables, figures and README's block from results/records
+	$(PY) -m src.report results/records out=results readme=README.md
 
 lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -14,7 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src import record
@@ -33,7 +35,7 @@ OUT = Path("results/benchmarks")
 CODES = 8_000_000
 
 
-def in_turn(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each side, run one after the other in every repeat, after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
@@ -53,12 +55,12 @@ def packing(official: Any) -> dict[str, dict[str, float]]:
         tensor = torch.from_numpy(codes.astype(np.int16))
         planes, blocks = pack(codes, width), official.bitpack.pack(tensor, width)
         rows[f"pack {width} bits"] = in_turn(
-            {"ours": lambda c=codes, w=width: pack(c, w), "official": lambda t=tensor, w=width: official.bitpack.pack(t, w)}, 5
+            {"ours": partial(pack, codes, width), "official": partial(official.bitpack.pack, tensor, width)}, 5
         )
         rows[f"unpack {width} bits"] = in_turn(
             {
-                "ours": lambda p=planes, w=width: unpack(p, w, CODES),
-                "official": lambda b=blocks: official.bitpack.unpack(b, CODES),
+                "ours": partial(unpack, planes, width, CODES),
+                "official": partial(official.bitpack.unpack, blocks, CODES),
             },
             5,
         )
@@ -67,12 +69,10 @@ def packing(official: Any) -> dict[str, dict[str, float]]:
 
 def networks() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
     """Networks of a size that a training step takes a fraction of a second."""
-    vit = lambda: timm.models.vision_transformer.VisionTransformer(  # noqa: E731
-        img_size=32, patch_size=8, embed_dim=192, depth=6, num_heads=6, num_classes=10
-    )
+    vit = partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=192, depth=6, num_heads=6, num_classes=10)
     return {
         "ViT 192 x 6": (vit, torch.randn(64, 3, 32, 32)),
-        "ResNet-18": (lambda: torchvision.models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64)),
+        "ResNet-18": (partial(torchvision.models.resnet18, num_classes=10), torch.randn(32, 3, 64, 64)),
     }
 
 
@@ -85,10 +85,10 @@ def both(make: Callable[[], nn.Module], official: Any) -> tuple[QuantizedModel, 
     model = DiffQ(group_size=8).attach(network)
     quantizer = official.DiffQuantizer(theirs, group_size=8)
     quantizer.setup_optimizer(torch.optim.Adam([{"params": []}]))
-    for mine, qparam in zip(model.quantizers, quantizer._qparams, strict=True):
+    for mine, qparam in zip(model.quantizers.parameters(), quantizer._qparams, strict=True):
         with torch.no_grad():
-            mine.logits.normal_(-1.0, 1.0)
-            qparam.logit.copy_(mine.logits.view_as(qparam.logit))
+            mine.normal_(-1.0, 1.0)
+            qparam.logit.copy_(mine.view_as(qparam.logit))
     return model, theirs, quantizer
 
 
@@ -97,26 +97,21 @@ def training(official: Any) -> dict[str, dict[str, float]]:
     rows = {}
     for name, (make, x) in networks().items():
         model, theirs, quantizer = both(make, official)
-        plain = make()
-
-        def step(net: nn.Module, size: Callable[[], Any], x: Tensor = x) -> None:
-            (net(x).square().mean() + 1e-3 * size()).backward()
-
-        rows[f"training step, {name}"] = in_turn(
-            {
-                "ours": lambda: step(model.train(), model.megabytes),
-                "official": lambda: step(theirs.train(), quantizer.model_size),
-                "float": lambda: step(plain.train(), lambda: 0.0),
-            },
-            15,
-        )
-        small = x[:4]
-        model.eval(), theirs.eval(), plain.eval()
+        sides: dict[str, tuple[nn.Module, Callable[[], Any]]] = {
+            "ours": (model, model.megabytes),
+            "official": (theirs, quantizer.model_size),
+            "float": (make(), lambda: 0.0),
+        }
+        rows[f"training step, {name}"] = in_turn({k: partial(step, *side, x) for k, side in sides.items()}, 15)
         with torch.no_grad():
-            rows[f"evaluation of 4 images, {name}"] = in_turn(
-                {"ours": lambda: model(small), "official": lambda: theirs(small), "float": lambda: plain(small)}, 15
-            )
+            evaluations = {k: partial(net.eval(), x[:4]) for k, (net, _) in sides.items()}
+            rows[f"evaluation of 4 images, {name}"] = in_turn(evaluations, 15)
     return rows
+
+
+def step(net: nn.Module, size: Callable[[], Any], x: Tensor) -> None:
+    """Forward and backward of a loss with a size penalty."""
+    (net.train()(x).square().mean() + 1e-3 * size()).backward()
 
 
 def files(official: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -138,11 +133,11 @@ def files(official: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]
             "bytes by the paper's rule": quantizer.true_model_size() * 2**20,
         }
     weights = model.weights()
-    with quantizer.enter_quantize():
+    with torch.no_grad(), quantizer.enter_quantize():
         theirs_now = dict(theirs.named_parameters())
-        steps = [float((w.max() - w.min()) / (2**15 - 1)) for w in weights.values()]
-        errors = [float((w - theirs_now[name]).abs().max()) for name, w in weights.items()]
-    facts["largest difference of a weight, in finest steps"] = max(e / s for e, s in zip(errors, steps, strict=True))
+        ranges = {name: (w.max() - w.min()).clamp_min(1e-12) for name, w in weights.items()}
+        differ = sum(int(((w - theirs_now[n]).abs() > 1e-5 * ranges[n]).sum()) for n, w in weights.items())
+        facts["share of weights that differ"] = differ / sum(w.numel() for w in weights.values())
     return {"write DeiT-B": seconds}, facts
 
 
@@ -166,7 +161,9 @@ def main() -> None:
     lines += ["", "| DeiT-B, mixed widths | |", "|---|---|", *(f"| {k} | {v:,.4g} |" for k, v in facts.items())]
     lines += ["", f"`python -m benchmarks.diffq`, {environment['machine']}, torch {torch.__version__}."]
     (OUT / "diffq.md").write_text("\n".join(lines) + "\n")
-    (OUT / "diffq.json").write_text(json.dumps({"rows": rows, "facts": facts, "environment": environment}, indent=1) + "\n")
+    (OUT / "diffq.json").write_text(
+        json.dumps({"rows": rows, "facts": facts, "environment": environment}, indent=1) + "\n"
+    )
     sys.stdout.write("\n".join(lines) + "\n")
 
 

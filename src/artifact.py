@@ -84,8 +84,9 @@ def pack(codes: np.ndarray, width: int) -> np.ndarray:
     planes = np.empty((width, -(-codes.size // 8)), np.uint8)
     for start in range(0, codes.size, _CHUNK):
         chunk = codes[start : start + _CHUNK]
+        halves = chunk.astype(np.uint8, copy=False), (chunk >> 8).astype(np.uint8) if width > 8 else chunk
         for bit in range(width):
-            plane = np.packbits(chunk & chunk.dtype.type(1 << bit), bitorder="little")
+            plane = np.packbits(halves[bit // 8] & np.uint8(1 << bit % 8), bitorder="little")
             planes[bit, start // 8 : start // 8 + plane.size] = plane
     return planes.ravel()
 
@@ -93,13 +94,13 @@ def pack(codes: np.ndarray, width: int) -> np.ndarray:
 def unpack(planes: np.ndarray, width: int, n: int) -> np.ndarray:
     """The inverse of ``pack``: uint8 (up to 8 bits) or uint16 ``[n]``."""
     dtype = np.uint8 if width <= 8 else np.uint16
-    codes = np.zeros(n, dtype)
+    codes: np.ndarray = np.zeros(n, dtype)
     rows = planes.reshape(width, -(-n // 8))
     for start in range(0, n, _CHUNK):
         chunk = codes[start : start + _CHUNK]
         for bit in range(width):
             plane = rows[bit, start // 8 : (start + chunk.size + 7) // 8]
-            chunk |= np.unpackbits(plane, count=chunk.size, bitorder="little").astype(dtype, copy=False) << dtype(bit)
+            chunk |= np.left_shift(np.unpackbits(plane, count=chunk.size, bitorder="little"), bit, dtype=dtype)
     return codes
 
 
@@ -135,6 +136,7 @@ class Packed:
         return lo[:, None], (span / largest)[:, None], largest[:, None]
 
     @classmethod
+    @torch.no_grad()
     def nearest(cls, w: Tensor, bits: Tensor, lo: Tensor, span: Tensor, group_size: int) -> Packed:
         """Round every weight to the nearest value of its group's grid (ties to the even code).
 
@@ -144,17 +146,17 @@ class Packed:
             lo, span: ``[scales]``.
             group_size: as in ``grouped``.
         """
-        groups = grouped(w.detach().float(), group_size)
+        groups = grouped(w.float(), group_size)
         first, step, largest = cls.grid(bits, lo, span, len(groups))
         step = torch.where(step == 0, 1.0, step)  # a constant tensor: every code is 0
-        codes = ((groups - first) / step).round_()
-        codes = torch.minimum(codes.clamp_(min=0), largest.to(codes.dtype))
+        codes = (groups - first).div_(step).round_().clamp_(min=0)
+        torch.minimum(codes, largest.to(codes.dtype), out=codes)
         return cls(codes.to(code_dtype(int(largest.max()))), bits.to(torch.uint8), lo.detach(), span.detach(), w.shape)
 
     def decode(self) -> Tensor:
         """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
         first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))
-        return ungrouped((self.codes * step).add_(first), self.shape)
+        return ungrouped(self.codes.float().mul_(step).add_(first), self.shape)
 
     def rule_bits(self) -> int:
         """Bits by the papers' size rule: the codes, and two 32-bit numbers per scale."""
@@ -189,9 +191,12 @@ class Packed:
         bits = np.broadcast_to(self.bits.cpu().numpy(), len(codes))
         lowest, highest = int(bits.min()), int(bits.max())
         parts = [pack(bits - np.uint8(lowest), (highest - lowest).bit_length())]
-        for width in range(lowest, highest + 1):
-            chosen = codes if lowest == highest else codes[bits == width]
-            parts.append(pack(chosen.ravel().astype(np.uint8 if width <= 8 else np.uint16, copy=False), width))
+        if lowest < highest:
+            codes = codes.take(np.argsort(bits, kind="stable"), axis=0)
+        start = 0
+        for width, n in enumerate(np.bincount(bits)):
+            parts.append(pack(codes[start : start + n].ravel(), width))
+            start += n
         parts += [x.contiguous().view(torch.uint8).cpu().numpy() for x in (self.lo, self.span)]
         return torch.from_numpy(np.concatenate(parts))
 
@@ -217,10 +222,15 @@ class Packed:
         table = (highest - lowest).bit_length()
         bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
         codes = np.empty((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
-        for width in range(lowest, highest + 1):
-            chosen = bits == width
-            n = int(chosen.sum()) * group_size
-            codes[chosen] = unpack(take(packed_bytes(n, width)), width, n).reshape(-1, group_size)
+        start = 0
+        for width, n in enumerate(np.bincount(bits)):
+            stream = unpack(take(packed_bytes(n * group_size, width)), width, n * group_size)
+            codes[start : start + n] = stream.reshape(n, group_size)
+            start += n
+        if lowest < highest:
+            arranged = codes
+            codes = np.empty_like(arranged)
+            codes[np.argsort(bits, kind="stable")] = arranged
         dtype = getattr(torch, layout["dtype"])
         lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
         if rest.size:
@@ -367,5 +377,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
         checksum = zlib.crc32(name.encode(), checksum)
-        checksum = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), checksum)
+        content: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content, checksum)
     return checksum

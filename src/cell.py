@@ -64,7 +64,7 @@ def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: 
         "setting": cell["setting"],
         "seed": cell["seed"],
         "config": {key: value for key, value in cell.items() if key not in ("names", "setting")},
-        "init_sha256": start and start["sha256"],
+        "init_sha256": start["sha256"] if start else None,
         "environment": record.environment(),
     }
     try:
@@ -115,7 +115,7 @@ def _run(
         with _measured("evaluate", stages):
             metrics = evaluate(task, run.artifact, device)
         name, higher = task.primary
-        result = {
+        result: dict[str, Any] = {
             "primary": {"name": name, "higher_is_better": higher, "value": metrics["test"][name]},
             "metrics": metrics,
             "sizes": sizes(model, run.artifact),
@@ -125,9 +125,8 @@ def _run(
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
         }
-        summary = {f"test/{k}": v for k, v in metrics["test"].items()} | {
-            f"size/{k}": v for k, v in result["sizes"].items()
-        }
+        summary = {f"test/{name}": value for name, value in metrics["test"].items()}
+        summary |= {f"size/{name}": value for name, value in result["sizes"].items()}
         tracker.finish(summary, run.artifact)
         return result
     finally:

@@ -111,7 +111,7 @@ def usage() -> str:
         knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(name))
         lines += [f"  {name:14}{_description('quant', name)}"] + ([f"{'':16}{knobs}"] if knobs else [])
     lines += ["", "Every cell:"]
-    for key, value in yaml.safe_load((CONF / "config.yaml").read_text()).items():
+    for key, value in _shared().items():
         if key not in ("defaults", "hydra"):
             shown = (
                 " ".join(f"{key}.{k}={v}" for k, v in value.items()) if isinstance(value, dict) else f"{key}={value}"
@@ -154,6 +154,8 @@ def _check_key(config: DictConfig, override: Override, method: str) -> None:
             f"{', '.join(k for k in known if k.startswith('quant.') and k != 'quant._target_')}, task.*, train.*"
         )
     default = OmegaConf.select(config, key)
+    if _shared().get(key, key) is None:  # null in config.yaml: null or a word
+        default = None
     for value in _values(override):
         _check_type(key, OmegaConf.to_container(default) if OmegaConf.is_config(default) else default, value)
 
@@ -181,12 +183,17 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for key in config:
-        keys.append(f"{prefix}{key}")
+    for key in map(str, config):
+        keys.append(prefix + key)
         node = config._get_node(key)
         if isinstance(node, DictConfig) and key != "hydra":
             keys += _keys(node, f"{prefix}{key}.")
     return keys
+
+
+def _shared() -> dict[str, Any]:
+    """What every cell has: config.yaml."""
+    return yaml.safe_load((CONF / "config.yaml").read_text())
 
 
 def _knobs(method: str) -> list[tuple[str, Any]]:

@@ -156,9 +156,8 @@ def draw(table: Sequence[Row], stem: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     front = [row for row in table if row.best]
-    where = "post" if table[0].higher_is_better else "pre"
     axes.step(
-        [r.size / MIB for r in front], [r.value for r in front], where=where, color="0.75", zorder=0, label="best"
+        [r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0, label="best"
     )
     for number, method in enumerate(sorted({row.method for row in table})):
         points = [row for row in table if row.method == method]

@@ -111,8 +111,8 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
 
 def directory(cell: dict[str, Any], start: dict[str, str] | None) -> Path:
     """Where a cell's run is."""
-    names = cell["names"]
-    return Path(cell["root"]) / names["task"] / names["quant"] / record.identity(cell, start and start["sha256"])
+    names, init = cell["names"], start["sha256"] if start else None
+    return Path(cell["root"]) / names["task"] / names["quant"] / record.identity(cell, init)
 
 
 def rank() -> int:

@@ -65,8 +65,8 @@ class Tracker:
             self.run = _start(mode, settings)
         if self.run is None and mode == "online":
             warnings.warn("W&B is offline for this run; send it later with `wandb sync`", stacklevel=2)
-            with _harmless():
-                self.run = _start("offline", settings)
+            with _harmless():  # W&B keeps the id of the attempt that failed
+                self.run = _start("offline", settings | {"id": f"{run_id}-offline"})
 
     def log(self, epoch: int, values: dict[str, float], widths: dict[str, list[int]]) -> None:
         """Add an epoch's numbers, and each layer's histogram of bits.
@@ -79,10 +79,11 @@ class Tracker:
         if self.run is None:
             return
         with _harmless():
+            import numpy as np
             import wandb
 
             histograms = {
-                f"bits/{name}": wandb.Histogram(np_histogram=(counts, [b - 0.5 for b in range(len(counts) + 1)]))
+                f"bits/{name}": wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1) - 0.5))
                 for name, counts in widths.items()
             }
             self.run.log(values | histograms, step=epoch)

@@ -83,7 +83,8 @@ class Training(pl.LightningModule):
         }
 
     def train_dataloader(self) -> Any:
-        return self.task.loader("train")
+        # Lightning sets the epoch, too, but on resuming only after it has started to iterate.
+        return self.task.loader("train", epoch=len(self.history))
 
     def on_train_epoch_start(self) -> None:
         # Every draw of an epoch depends on (seed, epoch, process) alone: a resumed run repeats it.

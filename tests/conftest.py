@@ -90,9 +90,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run ``python -m ...`` as a user would, without W&B."""
     environment = {**os.environ, "WANDB_MODE": "disabled", "COLUMNS": "120"}
     return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=timeout
     )

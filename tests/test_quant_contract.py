@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import TiedGPT
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from src import config
 from src.artifact import Artifact
 from src.cell import build
-from src.quant.core import MB, Method, QuantizedModel, Trained
+from src.quant.core import MB, Float, Method, QuantizedModel, Trained
+from src.quant.diffq import DiffQ
 
 Tiny = tuple[type[nn.Module], Tensor]
 MIN_SIZE = 100 * 4 / MB  # tensors of more than 100 values
@@ -27,20 +29,14 @@ def method(request: pytest.FixtureRequest) -> Method:
     return replace(build(config.load([f"quant={request.param}"])["quant"]), min_size=MIN_SIZE)
 
 
-def test_the_yaml_holds_the_defaults_of_the_class(method: Method) -> None:
-    name = next(
-        n
-        for n in config.options("quant")
-        if get_class(config.load([f"quant={n}"])["quant"]["_target_"]) is type(method)
-    )
-    node = config.load([f"quant={name}"])["quant"]
-    defaults = type(method)()
-    inherited = {"penalty"} if not hasattr(type(method), "lr") else set()
-    for f in fields(method):
-        if f.name in node:
-            assert node[f.name] == getattr(defaults, f.name), f.name
-        else:
-            assert f.name in inherited | {"penalty", "min_size", "exclude"}, f"{name}.yaml does not offer {f.name}"
+@pytest.mark.parametrize("name", config.options("quant"))
+def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
+    node = OmegaConf.to_container(OmegaConf.load(config.CONF / "quant" / f"{name}.yaml"), resolve=True)["quant"]
+    method = get_class(node.pop("_target_"))()
+    assert node == {key: getattr(method, key) for key in node}
+    fixed = {"penalty"} if not isinstance(method, DiffQ) else set()  # methods of fixed size have no penalty to set
+    offered = set(node) | fixed | ({"min_size", "exclude"} if isinstance(method, Float) else set())
+    assert offered >= {f.name for f in fields(method)}
 
 
 def scattered(model: QuantizedModel) -> QuantizedModel:

@@ -14,8 +14,8 @@ from src.errors import BitfrontError
 from src.tracking import Tracker, check_mode, logged_in
 
 
-def tracker(mode: str, directory: Path) -> Tracker:
-    return Tracker(mode, run_id="abc", name="vit diffq", group="a sweep", config={"penalty": 5}, directory=directory)
+def tracker(mode: str, directory: Path, run_id: str = "abc") -> Tracker:
+    return Tracker(mode, run_id=run_id, name="vit diffq", group="a sweep", config={"penalty": 5}, directory=directory)
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +72,15 @@ def test_an_unreachable_server_costs_seconds_and_no_run(monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     began = time.perf_counter()
     with pytest.warns(UserWarning, match="W&B"):
-        run = tracker("online", tmp_path)
+        run = tracker("online", tmp_path, "unreachable")
     assert time.perf_counter() - began < 60
     run.log(1, {"x": 1.0}, {})
     run.close()
-    assert run.run is None
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_a_failure_inside_wandb_is_a_warning(tmp_path: Path) -> None:
-    run = tracker("offline", tmp_path)
+    run = tracker("offline", tmp_path, "failing")
     with pytest.warns(UserWarning, match="goes on without it"):
         run.finish({}, tmp_path / "missing")
     run.close()

@@ -131,7 +131,7 @@ class QuantizedModel(nn.Module):
             BitfrontError: a weight is not finite.
         """
         for name, p in self.network.named_parameters():
-            if not torch.isfinite(p).all():
+            if not torch.isfinite(torch.stack(torch.aminmax(p))).all():
                 raise BitfrontError(f"'{name}' holds NaN or infinity; lower the learning rate and train again")
         return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
 

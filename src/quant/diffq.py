@@ -43,11 +43,13 @@ class DiffQQuantizer(Quantizer):
 
     def surrogate(self, w: Tensor) -> Tensor:
         groups = grouped(w, self.method.group_size)
+        # max(0) and min(0), because the backward of amax and amin searches the whole tensor for ties.
+        span = groups.view(-1).max(0).values - groups.view(-1).min(0).values
+        step = span / (torch.exp2(self.widths()) - 1)
         if self.method.noise == "gaussian":
-            noise = torch.randn_like(groups).mul_(0.5)
+            noise, step = torch.randn_like(groups), step / 2
         else:
             noise = torch.rand_like(groups).sub_(0.5)
-        step = (w.amax() - w.amin()) / (torch.exp2(self.widths()) - 1)
         return ungrouped(torch.addcmul(groups, step[:, None], noise), w.shape)
 
     def encode(self, w: Tensor) -> Packed:

@@ -19,6 +19,7 @@ def min_max(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return lo, hi - lo
 
 
+@torch.no_grad()
 def round_to_nearest(w: Tensor, bits: int, group_size: int) -> Packed:
     """Quantize ``w`` (any shape) to ``bits`` bits between the extremes of each group (``artifact.grouped``)."""
     w = w.float()

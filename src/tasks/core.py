@@ -70,12 +70,10 @@ class Task:
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The network's optimizer: AdamW, no decay of vectors (norms, biases)."""
-        parameters = list(parameters)
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, weight_decay=self.weight_decay)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for p in parameters:
+            groups.setdefault(self.weight_decay if p.dim() > 1 else 0.0, []).append(p)
+        return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for decay, ps in groups.items()], lr=self.lr)
 
     def lr_factor(self, progress: float) -> float:
         """Learning rate as a share of ``lr`` at ``progress`` in 0..1 of the training."""
@@ -83,13 +81,14 @@ class Task:
             return (progress + 1e-3) / (self.warmup + 1e-3)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    def loader(self, split: str) -> DataLoader:
+    def loader(self, split: str, epoch: int = 0) -> DataLoader:
         """Batches of a split: the training split shuffled by (seed, epoch), shared out over the processes."""
         if split not in self._splits:
             self._splits[split] = self.dataset(split)
         dataset = self._splits[split]
         batches = EpochBatches(len(dataset), self.batch_size, self.seed if split == "train" else None)
-        return DataLoader(dataset, sampler=batches, batch_size=None)
+        batches.set_epoch(epoch)
+        return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator)
 
     @torch.inference_mode()
     def evaluate(self, net: nn.Module, split: str, device: torch.device | str = "cpu") -> dict[str, float]:
@@ -119,11 +118,15 @@ class EpochBatches(Sampler[list[int]]):
         self.world = torch.distributed.get_world_size() if distributed else 1
         if batch_size % self.world:
             raise BitfrontError(f"train.batch_size={batch_size} does not divide among {self.world} processes")
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size // self.world, seed, 0
+        self.n, self.batch_size, self.seed = n, batch_size // self.world, seed
+        # For the loader, which would else draw from the global generator, at a time that differs after a restart.
+        self.generator = torch.Generator()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; the trainer calls this."""
         self.epoch = epoch
+        self.generator.manual_seed(epoch)
 
     def indices(self) -> list[int]:
         """This process's share."""
