@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: 
         result = {"status": "finished"} | about | _run(cell, start, run, rank, about, group)
     except BitfrontError as error:
         if rank == 0:
-            run.write({"status": "failed", "error": str(error)} | about)
+            with suppress(BitfrontError):  # on a full disk, the first message is the one that counts
+                run.write({"status": "failed", "error": str(error)} | about)
         raise
     if rank == 0:
         run.write(result)

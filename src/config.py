@@ -60,7 +60,13 @@ def check(words: Sequence[str]) -> None:
         BitfrontError: naming the choices, or the closest key.
     """
     try:
-        overrides = OverridesParser.create().parse_overrides([w for w in words if not w.startswith("-")])
+        # What begins with a dash is Hydra's, and so is what follows, as in "--cfg job".
+        plain = [
+            w
+            for before, w in itertools.pairwise(["", *words])
+            if w[0] != "-" and ("=" in w or not before.startswith("--"))
+        ]
+        overrides = OverridesParser.create().parse_overrides(plain)
     except HydraException as error:
         raise BitfrontError(f"{error}; options are words like penalty=5") from None
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]

@@ -66,9 +66,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed below
         except OSError as error:
-            raise BitfrontError(
-                f"cannot write to '{self.path}' ({error.strerror}); choose another root=<folder>"
-            ) from None
+            raise self._unwritable(error) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -77,16 +75,31 @@ class Run:
                 raise BitfrontError(
                     f"this cell is running already ({lock.read().strip() or 'elsewhere'}, '{self.path}'); wait for it"
                 ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            try:
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
+            except OSError as error:
+                raise self._unwritable(error) from None
             yield
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write the record atomically."""
+        """Write the record atomically.
+
+        Raises:
+            BitfrontError: the directory cannot be written.
+        """
         temporary = self.path / f".{RECORD}"
-        temporary.write_text(json.dumps({"schema": SCHEMA} | record, indent=1) + "\n")
-        os.replace(temporary, self.path / RECORD)
+        try:
+            temporary.write_text(json.dumps({"schema": SCHEMA} | record, indent=1) + "\n")
+            os.replace(temporary, self.path / RECORD)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> BitfrontError:
+        return BitfrontError(
+            f"cannot write to '{self.path}' ({error.strerror}); make room or choose another root=<folder>"
+        )
 
 
 def read(path: Path) -> dict[str, Any] | None:

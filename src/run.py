@@ -46,9 +46,8 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def job(composed: DictConfig) -> float:
     """A single run, or one job of a sweep; gives the headline metric to the sweeper."""
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         if sweep and composed.trainer.devices != 1:
             raise BitfrontError(
                 "a sweep in one process cannot use several devices: each process would start the whole sweep again; "
@@ -57,7 +56,9 @@ def job(composed: DictConfig) -> float:
         group = " ".join(word for word in sys.argv[1:] if not word.startswith("-")) if sweep else ""
         return run_cell(overrides, group)["primary"]["value"]
     except BitfrontError as error:
-        # Hydra prints this kind without a traceback, and goes on with the other jobs of a sweep.
+        if not sweep:
+            sys.exit(f"error: {error}")
+        # Hydra prints this kind without a traceback, and goes on with the other jobs of the sweep.
         raise CompactHydraException(f"error: {error}") from None
 
 

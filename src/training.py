@@ -99,14 +99,16 @@ class Training(pl.LightningModule):
         return loss + self.method.penalty * self.model.megabytes() if self.method.penalty else loss
 
     def on_train_epoch_end(self) -> None:
-        loss = self.total.item() / self.trainer.num_training_batches
+        # The same number in every process, so that all of them go on or stop.
+        loss = self.trainer.strategy.reduce(self.total, reduce_op="mean").item() / self.trainer.num_training_batches
         if not loss < float("inf"):
             raise BitfrontError(
                 f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again"
             )
+        self.model.eval()
         numbers = {f"valid/{k}": v for k, v in self.task.evaluate(self.model, "valid", self.device).items()}
         with torch.no_grad():
-            numbers["size_mb"] = self.model.eval().megabytes().item()
+            numbers["size_mb"] = self.model.megabytes().item()
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": self.current_epoch + 1, "train/loss": loss, **numbers})
         self.on_epoch(self.history[-1])
@@ -122,8 +124,9 @@ class Training(pl.LightningModule):
                 os.replace(temporary, self.checkpoint)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
             raise BitfrontError(
-                f"could not write '{self.checkpoint}' ({error}); make room and run the same command, it resumes"
+                f"could not write '{self.checkpoint}' ({reason}); make room and run the same command, it resumes"
             ) from None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -196,7 +199,8 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         trainer: ``accelerator``, ``devices``, ``precision`` of the configuration.
 
     Raises:
-        BitfrontError: the loss is not finite, or the disk is full; the last checkpoint stays. Or that is damaged.
+        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or that
+            is damaged.
     """
     quiet()
     checkpoint = training.checkpoint if training.checkpoint.is_file() else None
@@ -213,4 +217,7 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         num_sanity_val_steps=0,
         callbacks=[Progress()],
     )
-    runner.fit(training, ckpt_path=checkpoint)
+    try:
+        runner.fit(training, ckpt_path=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower train.batch_size") from None

@@ -34,6 +34,7 @@ def test_a_method_declares_only_its_own_knobs() -> None:
     "words",
     [
         ["quant=diffq", "penalty=5"],
+        ["quant=diffq", "--cfg", "job"],
         ["-m", "quant=rtn,ste", "bits=2,3"],
         ["-m", "quant=glob(*)"],
         ["quant=diffq", "quant.exclude=[bias]", "train.lr=1"],

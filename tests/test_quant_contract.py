@@ -18,7 +18,6 @@ from src import config
 from src.artifact import Artifact
 from src.cell import build
 from src.quant.core import MB, Float, Method, QuantizedModel, Trained
-from src.quant.diffq import DiffQ
 
 Tiny = tuple[type[nn.Module], Tensor]
 MIN_SIZE = 100 * 4 / MB  # tensors of more than 100 values
@@ -33,10 +32,8 @@ def method(request: pytest.FixtureRequest) -> Method:
 def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(config.CONF / "quant" / f"{name}.yaml"), resolve=True)["quant"]
     method = get_class(node.pop("_target_"))()
-    assert node == {key: getattr(method, key) for key in node}
-    fixed = {"penalty"} if not isinstance(method, DiffQ) else set()  # methods of fixed size have no penalty to set
-    offered = set(node) | fixed | ({"min_size", "exclude"} if isinstance(method, Float) else set())
-    assert offered >= {f.name for f in fields(method)}
+    useless = {"min_size", "exclude"} if isinstance(method, Float) else set()
+    assert node == {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name not in useless}
 
 
 def scattered(model: QuantizedModel) -> QuantizedModel:
@@ -111,8 +108,11 @@ def test_new_weights_are_seen_in_evaluation_mode(method: Method, tiny: Tiny) -> 
     model.load_state_dict(other.state_dict())
     if method.trains:
         assert torch.equal(model(x), other(x))
-    model.double().float()
+    model(x)
+    nn.ModuleDict({"inside": model}).load_state_dict({f"inside.{k}": v for k, v in model.state_dict().items()})
     assert model._cached is None
+    model(x)
+    assert model.double()._cached is None
 
 
 def test_tied_weights_are_drawn_stored_and_counted_once(method: Method, tmp_path: Path) -> None:

@@ -151,9 +151,9 @@ class QuantizedModel(nn.Module):
         self._cached = None
         return super().train(mode)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._cached = None
-        return super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None  # also called when a module around this one is loaded
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QuantizedModel:
         self._cached = None
@@ -190,13 +190,13 @@ class Method:
 
     Attributes:
         min_size, exclude: as in ``eligible``.
-        penalty: what a MB costs in units of the loss; 0 for methods of fixed size.
+        penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         trains: whether there is a training stage.
     """
 
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
-    penalty: float = 0.0
+    penalty: float = field(default=0.0, init=False)
     trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

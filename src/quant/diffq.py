@@ -14,7 +14,7 @@ stepped once; widths 1..15 all survive storing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class DiffQ(Trained):
             to 3 bits takes 2,300 steps at 1e-3.
     """
 
-    penalty: float = 1.0
+    penalty: float = field(default=1.0)
     group_size: int = 8
     min_bits: int = 2
     init_bits: int = 8
