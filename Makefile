@@ -21,6 +21,7 @@ test: .venv/installed  ## Lint and run the test suite (under 10 minutes on 2 cor
 	$(PY) -m pytest
 
 smoke: .venv/installed  ## Run every method on tiny data in seconds
+	rm -rf runs-smoke
 	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs-smoke wandb=disabled
 	$(PY) -m src.report runs-smoke
 

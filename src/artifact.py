@@ -210,6 +210,8 @@ class Packed:
         shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
         lowest, highest = layout["bits"]
         n_groups = -(-shape.numel() // group_size)
+        if n_groups % scales:
+            raise ArtifactError(f"{scales} scales cannot be shared by {n_groups} groups; the file is damaged")
         rest = data.numpy()
 
         def take(n: int) -> np.ndarray:
@@ -325,12 +327,15 @@ class Artifact:
             raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or rerun the cell") from None
         if not isinstance(header, dict):
             raise ArtifactError(f"'{path}' was not written by bitfront: its header has no 'bitfront' entry")
-        if header["version"] > VERSION:
-            raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
-        if header["crc32"] != _checksum(tensors):
-            raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
-        packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
-        return cls(packed, tensors, header["tied"], header["about"])
+        try:
+            if header["version"] > VERSION:
+                raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
+            if header["crc32"] != _checksum(tensors):
+                raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
+            packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
+            return cls(packed, tensors, header["tied"], header["about"])
+        except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"'{path}' is damaged (header: {error!r}); copy it again or rerun the cell") from None
 
     def load_into(self, network: nn.Module) -> None:
         """Write every tensor into a float network of the same architecture; exactly the same names.

@@ -18,7 +18,7 @@ from src.artifact import Artifact
 from src.errors import BitfrontError
 from src.quant.core import Method, QuantizedModel
 from src.record import Run
-from src.tasks.core import Task
+from src.tasks.core import Task, processes
 from src.tracking import Tracker
 from src.training import Training, accelerator, fit
 
@@ -41,11 +41,14 @@ def build_task(cell: Mapping[str, Any]) -> Task:
     return build(cell["task"], **cell["train"], data_root=cell["data_root"], seed=cell["seed"], smoke=cell["smoke"])
 
 
-def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, group: str) -> dict[str, Any]:
+def execute(
+    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, rank: int, group: str
+) -> dict[str, Any]:
     """Run a cell whose directory is locked; resume its training if it was interrupted.
 
     Args:
         cell: as ``config.load`` gives it.
+        overrides: the command line.
         start: artifact to start from, and its hash.
         run: where results go.
         rank: number of this process; 0 writes.
@@ -63,6 +66,7 @@ def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: 
         "method": cell["names"]["quant"],
         "setting": cell["setting"],
         "seed": cell["seed"],
+        "overrides": overrides,
         "config": {key: value for key, value in cell.items() if key not in ("names", "setting")},
         "init_sha256": start["sha256"] if start else None,
         "environment": record.environment(),
@@ -78,7 +82,10 @@ def execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: 
         run.write(result)
         run.checkpoint.unlink(missing_ok=True)
     _barrier()
-    return result
+    finished = run.finished()
+    if finished is None:
+        raise BitfrontError("only process 0 quantizes after training; run this cell in one process")
+    return finished
 
 
 def _run(
@@ -102,7 +109,8 @@ def _run(
         if method.trains:
 
             def log(numbers: dict[str, float]) -> None:
-                tracker.log(int(numbers["epoch"]), numbers, model.widths())
+                if tracker.run is not None:
+                    tracker.log(int(numbers["epoch"]), numbers, model.widths())
 
             with _measured("train", stages):
                 training = Training(model, task, method, run.checkpoint, log)
@@ -110,9 +118,9 @@ def _run(
                 history = training.history
             stages["train"]["seconds"] = training.seconds  # of interrupted attempts too
         model = model.cpu().eval()
-        if rank == 0:
-            model.artifact({"task": cell["task"], "train": cell["train"], "smoke": cell["smoke"]}).save(run.artifact)
-        _barrier()
+        if rank > 0:  # process 0 alone saves and measures, so that the numbers do not depend on how many there are
+            return {}
+        model.save(run.artifact, {"task": cell["task"], "train": cell["train"], "smoke": cell["smoke"]})
         with _measured("evaluate", stages):
             metrics = evaluate(task, run.artifact, device)
         name, higher = task.primary
@@ -122,6 +130,8 @@ def _run(
             "sizes": sizes(model, run.artifact),
             "widths": model.widths(),
             "stages": stages,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "processes": processes()[1],
             "history": history,
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
@@ -138,7 +148,7 @@ def evaluate(task: Task, artifact: Path, device: torch.device) -> dict[str, dict
     """Metrics of an artifact file, by split, in a fresh float network."""
     network = task.model()
     Artifact.load(artifact).load_into(network)
-    return {split: task.evaluate(network.to(device), split, device) for split in ("valid", "test")}
+    return {split: task.evaluate(network.to(device), split, device, shared=False) for split in ("valid", "test")}
 
 
 def sizes(model: QuantizedModel, artifact: Path) -> dict[str, float]:
@@ -168,7 +178,7 @@ def _measured(stage: str, stages: dict[str, dict[str, float]]) -> Iterator[None]
     began = time.perf_counter()
     yield
     stages[stage] = {"seconds": time.perf_counter() - began, "peak_memory": record.peak_memory()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         stages[stage]["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
 

@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +24,11 @@ from src.errors import BitfrontError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("task", "quant")
+CHOICES = {
+    "wandb": ("auto", "online", "offline", "disabled"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
+}
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list, [a,b]"}
 
 
@@ -49,7 +54,8 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     cell = {str(key): value for key, value in plain.items()}
     names = {group: choices[group] for group in GROUPS}
     words = [f"{knob}={cell[knob]}" for n, (knob, v) in enumerate(_knobs(names["quant"])) if n == 0 or cell[knob] != v]
-    words += [o for o in overrides if o.startswith(("task.", "train.", "quant."))]
+    shown = ("task.", "train.", "quant.", "init_from=", "trainer.precision=")
+    words += [o for o in overrides if o.startswith(shown)]
     return cell | {"names": names, "setting": " ".join(words)}
 
 
@@ -64,7 +70,7 @@ def check(words: Sequence[str]) -> None:
         plain = [
             w
             for before, w in itertools.pairwise(["", *words])
-            if w[0] != "-" and ("=" in w or not before.startswith("--"))
+            if not w.startswith("-") and ("=" in w or not before.startswith("--"))
         ]
         overrides = OverridesParser.create().parse_overrides(plain)
     except HydraException as error:
@@ -96,8 +102,10 @@ def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or key not in defaults:
             raise BitfrontError(f"unknown option '{word}'; options: {', '.join(f'{k}=' for k in defaults)}")
-        values[key] = text if isinstance(defaults[key], str) else yaml.safe_load(text)
-        _check_type(key, defaults[key], values[key])
+        try:
+            values[key] = type(defaults[key])(text)
+        except ValueError:
+            raise BitfrontError(f"{key} takes {TYPES[type(defaults[key])]}, got '{text}'") from None
     return values
 
 
@@ -168,6 +176,8 @@ def _check_key(config: DictConfig, override: Override, method: str) -> None:
 
 def _check_type(key: str, default: Any, value: Any) -> None:
     if default is None:
+        if value is not None and not isinstance(value, (str, QuotedString)):
+            raise BitfrontError(f"{key} takes a word or null, got '{value}'")
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {
@@ -176,10 +186,13 @@ def _check_type(key: str, default: Any, value: Any) -> None:
         float: number and math.isfinite(value),
         list: isinstance(value, list),
         dict: False,
-    }.get(type(default), value is not None)
+        str: isinstance(value, (str, QuotedString)),
+    }[type(default)]
     if not fits:
         wanted = TYPES.get(type(default), "no value; set one of its keys")
         raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
+    if key in CHOICES and str(value) not in CHOICES[key]:
+        raise BitfrontError(f"there is no {key}={value}; choices: {', '.join(CHOICES[key])}")
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

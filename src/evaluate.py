@@ -32,7 +32,7 @@ def main() -> None:
     for split, values in metrics.items():
         CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
     recorded = record.read(Path(chosen["artifact"]).with_name(record.RECORD))
-    if recorded:
+    if recorded and recorded["status"] == "finished":
         same = recorded["metrics"] == metrics
         CONSOLE.print("the same as in its record" if same else f"its record says otherwise: {recorded['metrics']}")
 
@@ -51,6 +51,8 @@ def evaluate(artifact: Path, data_root: str, accelerator: str) -> dict[str, dict
     from src.artifact import Artifact
 
     about = Artifact.load(artifact).about
+    if "task" not in about:
+        raise BitfrontError(f"'{artifact}' does not say which task it is for; only artifacts of runs do")
     task = cell.build_task(about | {"data_root": data_root, "seed": 0})
     return cell.evaluate(task, artifact, torch.device(training.accelerator(accelerator)))
 

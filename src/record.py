@@ -51,9 +51,13 @@ class Run:
         self.artifact, self.checkpoint = path / ARTIFACT, path / CHECKPOINT
 
     def finished(self) -> dict[str, Any] | None:
-        """The record, if the run is complete."""
+        """The record, if the run is complete; it names the artifact where the directory is now."""
         record = read(self.path / RECORD)
-        return record if record and record["status"] == "finished" and self.artifact.is_file() else None
+        if not record or record["status"] != "finished" or not self.artifact.is_file():
+            return None
+        if self.artifact.stat().st_size != record["sizes"]["file"]:
+            return None  # damaged since: run the cell again
+        return record | {"artifact": str(self.artifact)}
 
     @contextmanager
     def locked(self, wait: bool) -> Iterator[None]:

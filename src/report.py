@@ -86,8 +86,9 @@ class Row:
 def rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     """Records grouped over seeds, sorted by task and size, with the best marked."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for each in records:
-        same = {key: each["config"][key] for key in ("task", "train", "quant", "init_from", "smoke")}
+    for each in {r["id"]: r for r in records}.values():
+        same = {key: each["config"][key] for key in ("task", "train", "quant", "init_from", "smoke", "trainer")}
+        same["trainer"] = same["trainer"]["precision"]
         key = json.dumps([each["task"], each["method"], each["setting"], same], sort_keys=True)
         groups.setdefault(key, []).append(each)
     table = [_row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
@@ -217,7 +218,7 @@ def main() -> None:
         root = Path(words.pop(0)) if words and "=" not in words[0] else Path("runs")
         chosen = config.parse(words, OPTIONS)
         report(root, chosen)
-    except BitfrontError as error:
+    except (BitfrontError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -234,6 +235,8 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
         )
     table = [row for row in table if chosen["method"] in ("", row.method)]
     table = [row for row in table if not chosen["max_size"] or row.size <= chosen["max_size"] * MIB]
+    if not table:
+        raise BitfrontError(f"no run in '{root}' fits method={chosen['method']} max_size={chosen['max_size']}")
     out = Path(chosen["out"] or root / "report")
     out.mkdir(parents=True, exist_ok=True)
     tables = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}

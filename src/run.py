@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from src import config, record, tracking
+from src import config, record
 from src.errors import BitfrontError
 from src.record import Run
 
@@ -77,7 +77,6 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
         BitfrontError: with what the user can do.
     """
     cell = config.load(overrides)
-    tracking.check_mode(cell["wandb"])
     start = start_of(cell, overrides)
     run = Run(directory(cell, start))
     finished = run.finished()
@@ -86,9 +85,9 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
         return finished
     if rank() > 0:
-        return _execute(cell, start, run, group)
+        return _execute(cell, overrides, start, run, group)
     with run.locked(wait=nested):
-        finished = run.finished() or _execute(cell, start, run, group)
+        finished = run.finished() or _execute(cell, overrides, start, run, group)
     CONSOLE.print(summary(finished))
     return finished
 
@@ -106,7 +105,10 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
         raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
     shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
     overrides = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
-    floating = run_cell([*overrides, "quant=float"], nested=True)
+    overrides = [*overrides, "quant=float"]
+    if "RANK" in os.environ and not Run(directory(config.load(overrides), None)).finished():
+        raise BitfrontError(f"under torchrun, first run the start by itself: python -m src.run {' '.join(overrides)}")
+    floating = run_cell(overrides, nested=True)
     return {"artifact": floating["artifact"], "sha256": floating["artifact_sha256"]}
 
 
@@ -118,13 +120,15 @@ def directory(cell: dict[str, Any], start: dict[str, str] | None) -> Path:
 
 def rank() -> int:
     """This process's number among those of the run; only number 0 writes."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
+    return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
 
 
-def _execute(cell: dict[str, Any], start: dict[str, str] | None, run: Run, group: str) -> dict[str, Any]:
+def _execute(
+    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, group: str
+) -> dict[str, Any]:
     from src.cell import execute
 
-    return execute(cell, start, run, rank(), group)
+    return execute(cell, overrides, start, run, rank(), group)
 
 
 def summary(finished: dict[str, Any]) -> str:

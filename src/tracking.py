@@ -15,20 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from src.errors import BitfrontError
-
-MODES = ("auto", "online", "offline", "disabled")
-
-
-def check_mode(mode: str) -> None:
-    """Refuse an unknown mode.
-
-    Raises:
-        BitfrontError: naming the modes.
-    """
-    if mode not in MODES:
-        raise BitfrontError(f"there is no wandb={mode}; choices: {', '.join(MODES)}")
-
 
 def logged_in() -> bool:
     """Whether W&B has a key for this user: from the environment or from ``wandb login``'s netrc entry."""
@@ -45,7 +31,7 @@ class Tracker:
     """One W&B run beside one run of ours.
 
     Args:
-        mode: one of ``MODES``; the environment's WANDB_MODE decides "auto".
+        mode: "auto", "online", "offline" or "disabled"; the environment's WANDB_MODE decides "auto".
         run_id: resumes the W&B run of the same id.
         name, group: shown in W&B; the group holds a sweep together.
         config: plain dictionary.
@@ -61,8 +47,9 @@ class Tracker:
         if mode == "disabled":
             return
         settings = {"id": run_id, "name": name, "group": group[:120], "config": config, "dir": str(directory)}
-        with _harmless():
-            self.run = _start(mode, settings)
+        if mode != "online" or logged_in():  # W&B would ask for a key
+            with _harmless():
+                self.run = _start(mode, settings)
         if self.run is None and mode == "online":
             warnings.warn("W&B is offline for this run; send it later with `wandb sync`", stacklevel=2)
             with _harmless():  # W&B keeps the id of the attempt that failed
@@ -118,7 +105,9 @@ def _start(mode: str, settings: dict[str, Any]) -> Any:
         project="bitfront",
         mode=mode,  # type: ignore[arg-type]
         resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(init_timeout=15, console="off", x_disable_stats=mode == "offline"),
+        settings=wandb.Settings(
+            init_timeout=15, login_timeout=15, finish_timeout=120, console="off", x_disable_stats=mode == "offline"
+        ),
         **settings,
     )
 

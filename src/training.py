@@ -148,17 +148,13 @@ class Progress(pl.Callback):
             leave=False,
         )
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.bar.update()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, training: pl.LightningModule, *_: Any) -> None:
         assert isinstance(training, Training)
         if training.history:
-            last = training.history[-1]
-            primary = f"valid/{training.task.primary[0]}"
-            self.bar.set_postfix_str(
-                f"epoch {last['epoch']:.0f}, {primary} {last[primary]:.4g}, {last['size_mb']:.3f} MB"
-            )
+            last, primary = training.history[-1], training.task.primary[0]
+            numbers = f"{primary} {last[f'valid/{primary}']:.4g}, {last['size_mb']:.3f} MB"
+            self.bar.set_postfix_str(f"epoch {last['epoch']:.0f}: {numbers}", refresh=False)
+        self.bar.update()
 
     def teardown(self, trainer: pl.Trainer, training: pl.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
@@ -203,6 +199,8 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
             is damaged.
     """
     quiet()
+    if trainer["devices"] < 1:
+        raise BitfrontError(f"trainer.devices is positive, got {trainer['devices']}")
     checkpoint = training.checkpoint if training.checkpoint.is_file() else None
     if checkpoint and not zipfile.is_zipfile(checkpoint):
         raise BitfrontError(f"'{checkpoint}' is damaged; delete it and run again, training then starts over")

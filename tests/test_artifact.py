@@ -172,6 +172,30 @@ def test_a_damaged_file_is_refused_with_a_reason(tmp_path: Path, change: str) ->
         Artifact.load(path)
 
 
+def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    stored(ConvNet(), path)
+    good, data = Artifact.load(path), path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for at in range(0, header, 3):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        try:
+            found = Artifact.load(path)
+        except ArtifactError:
+            refused += 1
+            continue
+        fresh, expected = ConvNet(), ConvNet()
+        try:
+            found.load_into(fresh)
+        except ArtifactError:
+            refused += 1
+            continue
+        good.load_into(expected)
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), expected.parameters(), strict=True))
+    assert refused > 100
+
+
 def test_loading_is_strict_and_leaves_the_network_alone(tmp_path: Path) -> None:
     stored(ConvNet(), tmp_path / "a")
     artifact = Artifact.load(tmp_path / "a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import yaml
 from conftest import command
 
 from src import config
@@ -24,10 +25,12 @@ def test_every_cell_composes_and_builds(task: str, quant: str) -> None:
     assert cell["names"] == {"task": task, "quant": quant}
 
 
-def test_a_method_declares_only_its_own_knobs() -> None:
-    shared = set(config.load([])) | {"bits", "group_size", "penalty"}
-    for name in config.options("quant"):
-        assert set(config.load([f"quant={name}"])) <= shared, name
+@pytest.mark.parametrize("name", config.options("quant"))
+def test_a_methods_knobs_reach_the_method(name: str) -> None:
+    node = yaml.safe_load((config.CONF / "quant" / f"{name}.yaml").read_text())
+    knobs = set(node) - {"quant", "init_from", "defaults"}
+    assert knobs == {value[2:-1] for value in node["quant"].values() if str(value).startswith("${")}
+    assert knobs == {key for key, value in node["quant"].items() if value == f"${{{key}}}"}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,12 @@ def test_good_command_lines_pass(words: list[str]) -> None:
         (["+penalty=5"], r"only existing keys can be set"),
         (["~seed"], r"only existing keys can be set"),
         (["penalty"], r"options are words like penalty=5"),
+        ([""], r"options are words like penalty=5"),
+        (["wandb=maybe"], r"no wandb=maybe; choices: auto, online, offline, disabled"),
+        (["trainer.accelerator=tpu"], r"choices: auto, cpu, gpu, mps"),
+        (["trainer.precision=bf16-true"], r"choices: 32-true, bf16-mixed, 16-mixed"),
+        (["init_from=5"], r"init_from takes a word or null"),
+        (["root=2024"], r"root takes a word"),
     ],
 )
 def test_bad_command_lines_are_refused_with_the_choices(words: list[str], answer: str) -> None:

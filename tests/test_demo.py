@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,6 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert floating["primary"]["value"] >= 95
     assert diffq["primary"]["value"] >= floating["primary"]["value"] - 1.5
     assert floating["sizes"]["file"] >= 6 * diffq["sizes"]["file"]
-    assert sum(stage["seconds"] for stage in diffq["stages"].values()) < 120
+    assert sum(stage["seconds"] for record in (floating, diffq) for stage in record["stages"].values()) < 120
     sizes = [records[f"penalty={penalty}"]["sizes"]["file"] for penalty in (0.1, 0.5, 2, 5, 20)]
-    assert sizes == sorted(sizes, reverse=True)
+    assert all(larger > smaller for larger, smaller in pairwise(sizes))

@@ -181,7 +181,7 @@ def test_b12_channels_last_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
 def test_b12_weight_norm_is_refused(norm: object) -> None:
     """The factors are quantized instead of the weight."""
     with pytest.raises(BitfrontError, match="weight norm"):

@@ -75,17 +75,23 @@ def test_float_sizes() -> None:
     assert size(B3, Float()) == pytest.approx(46.666, abs=6e-4)
 
 
-@pytest.mark.parametrize("kind", ["rtn", "diffq", "diffq at start"])
-def test_the_file_of_deit_is_as_large_as_the_rule_says(kind: str, tmp_path: Path) -> None:
-    method = RTN(bits=4) if kind == "rtn" else DiffQ()
+@pytest.mark.parametrize("method", [RTN(bits=4), LSQ(bits=3), DiffQ()], ids=["rtn", "lsq", "diffq"])
+def test_the_file_of_deit_is_as_large_as_the_rule_says(method: Trained | RTN, tmp_path: Path) -> None:
     model = method.attach(published(DEIT)).eval()
-    if kind == "diffq":
+    if isinstance(method, DiffQ):  # widths from min_bits on, as after training
         for parameter in model.quantizers.parameters():
             nn.init.normal_(parameter, -1.5)
     written = model.save(tmp_path / "a", {})
     rule = model.megabytes().item() * MB
     assert abs(written - rule) < 0.02 * rule + 2000
     assert written == (tmp_path / "a").stat().st_size
+
+
+def test_the_file_has_no_table_where_all_widths_are_equal(tmp_path: Path) -> None:
+    """At the start, the rule charges 3 bits per group to tell 8 bits from 2; the file does not."""
+    model = DiffQ(group_size=8).attach(nn.Linear(512, 512, bias=False)).eval()
+    table = 3 * 512 * 512 / 8 / 8
+    assert model.artifact({}).payload == pytest.approx(model.megabytes().item() * MB - table, abs=2)
 
 
 def test_diffq_widths_start_where_they_should() -> None:

@@ -17,7 +17,10 @@ from src.report import as_csv, draw, fill_readme, markdown, rows
 def fake(method: str, size: int, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
     return {
         "id": f"{method}{size}{seed}", "task": "vit", "method": method, "setting": f"x={size}", "seed": seed,
-        "config": {"task": {}, "train": {}, "quant": {"size": size}, "init_from": None, "smoke": False},
+        "config": {
+            "task": {}, "train": {}, "quant": {"size": size}, "init_from": None, "smoke": False,
+            "trainer": {"precision": "32-true"},
+        },
         "primary": {"name": "top1", "higher_is_better": True, "value": value},
         "sizes": {"file": size, "float": 4000, "parameters": 1000},
         "stages": {"train": {"seconds": 60.0}},
@@ -39,6 +42,13 @@ def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
     assert table[0].cells()[3:8] == ("0.001", "4.00", "8.00", "81 ± 1.41", "2")
 
 
+def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:
+    mixed = fake("a", 1000, 50.0, 7)
+    mixed["config"]["trainer"] = {"precision": "bf16-mixed"}
+    table = rows([fake("a", 1000, 80.0), fake("a", 1000, 80.0), mixed])
+    assert [row.values for row in table] == [[80.0], [50.0]]
+
+
 def test_lower_can_be_better() -> None:
     lower = {"primary": {"name": "wer", "higher_is_better": False, "value": 5.0}}
     table = rows([fake("a", 10, 0, **lower), fake("b", 20, 0, **lower)])
@@ -48,7 +58,7 @@ def test_lower_can_be_better() -> None:
 def test_tasks_have_their_own_front_and_smoke_runs_their_own_table() -> None:
     small = fake("a", 10, 99.0)
     small["config"]["smoke"] = True
-    table = rows([small, fake("b", 20, 50.0), fake("b", 20, 40.0, task="lm")])
+    table = rows([small, fake("b", 20, 50.0), fake("b", 20, 40.0, 1, task="lm")])
     assert [(r.task, r.best) for r in table] == [("lm", True), ("vit", True), ("vit-smoke", True)]
 
 
@@ -89,6 +99,7 @@ def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
         (("/nowhere",), "no finished runs in '/nowhere'"),
         (("colour=red",), "unknown option"),
         (("max_size=big",), "takes a number"),
+        ((str(REPOSITORY / "results" / "records"), "method=none"), "no run in"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], answer: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,20 +85,14 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert order(None, 5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_processes_share_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    distributed = torch.distributed
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    shares, plain = [], []
-    for r in (0, 1):
-        monkeypatch.setattr(distributed, "get_rank", lambda r=r: r)
-        shares.append(sum(EpochBatches(11, 4, 3), []))
-        plain.append(sum(EpochBatches(11, 4, None), []))
-        assert all(len(batch) <= 2 for batch in EpochBatches(11, 4, 3))
+def test_processes_share_the_data() -> None:
+    shares = [sum(EpochBatches(11, 4, 3, rank, 2), []) for rank in (0, 1)]
+    assert all(len(batch) <= 2 for batch in EpochBatches(11, 4, 3, 0, 2))
     assert len(shares[0]) == len(shares[1]) == 6 and set(shares[0] + shares[1]) == set(range(11))
+    plain = [sum(EpochBatches(11, 4, None, rank, 2), []) for rank in (0, 1)]
     assert sorted(plain[0] + plain[1]) == list(range(11))
     with pytest.raises(BitfrontError, match="does not divide among 2"):
-        EpochBatches(11, 5, None)
+        EpochBatches(11, 5, None, 0, 2)
 
 
 def test_shifting_and_mirroring_moves_whole_images() -> None:
@@ -120,6 +115,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert factors[:peak] == sorted(factors[:peak]) and factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
+@pytest.mark.parametrize("word", ["task.heads=5", "task.patch_size=3", "seed=-1", "train.epochs=0"])
+def test_impossible_tasks_are_refused(word: str) -> None:
+    with pytest.raises(BitfrontError):
+        task("vit", word)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
     """CIFAR-10 as class folders, ten images each."""
@@ -133,7 +134,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_image_folders_are_read_and_split(folders: Path) -> None:
-    splits = {split: class_folders(folders / "cifar10", split, 4) for split in ("train", "valid", "test")}
+    splits = {split: class_folders(folders / "cifar10", split, 10, 4) for split in ("train", "valid", "test")}
     assert [len(images) for images in splits.values()] == [90, 10, 100]
     assert splits["train"].crop == 4 and splits["test"].crop == splits["valid"].crop == 0
     assert torch.equal(splits["test"].pixels[:, 0, 0, 0], (25 * splits["test"].labels).to(torch.uint8))
@@ -148,6 +149,14 @@ def test_image_folders_are_read_and_split(folders: Path) -> None:
 def test_a_missing_or_broken_folder_says_where_it_is_expected(folders: Path) -> None:
     with pytest.raises(BitfrontError, match="data_root=<folder>"):
         task("vit_cifar10", "data_root=/nowhere").loader("train")
+    with pytest.raises(BitfrontError, match="same 7 class folders"):
+        class_folders(folders / "cifar10", "train", 7, 0)
     (folders / "cifar10" / "train" / "class0" / "0000.png").write_bytes(b"no image")
     with pytest.raises(BitfrontError, match="could not read"):
-        class_folders(folders / "cifar10", "train", 0)
+        class_folders(folders / "cifar10", "train", 10, 0)
+    shutil.rmtree(folders / "cifar10" / "test" / "class3")
+    with pytest.raises(BitfrontError, match="same 10 class folders"):
+        class_folders(folders / "cifar10", "train", 10, 0)
+    shutil.rmtree(folders / "cifar10" / "test")
+    with pytest.raises(BitfrontError, match="no images"):
+        class_folders(folders / "cifar10", "train", 10, 0)

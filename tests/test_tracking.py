@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from src.errors import BitfrontError
-from src.tracking import Tracker, check_mode, logged_in
+from src.tracking import Tracker, logged_in
 
 
 def tracker(mode: str, directory: Path, run_id: str = "abc") -> Tracker:
@@ -63,8 +62,6 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert logged_in()
     assert tracker("disabled", tmp_path).run is None
-    with pytest.raises(BitfrontError, match="choices: auto"):
-        check_mode("sometimes")
 
 
 def test_an_unreachable_server_costs_seconds_and_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -75,6 +72,13 @@ def test_an_unreachable_server_costs_seconds_and_no_run(monkeypatch: pytest.Monk
         run = tracker("online", tmp_path, "unreachable")
     assert time.perf_counter() - began < 60
     run.log(1, {"x": 1.0}, {})
+    run.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_online_without_a_key_does_not_ask_but_goes_offline(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="offline for this run"):
+        run = tracker("online", tmp_path, "keyless")
     run.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 

@@ -37,10 +37,10 @@ class Images:
         x = self.pixels[chosen].float() / 255
         return (shift_and_mirror(x, self.crop) if self.crop else x), self.labels[chosen]
 
-    def subset(self, indices: np.ndarray, crop: int = 0) -> Images:
+    def subset(self, indices: np.ndarray) -> Images:
         """Some of the images."""
         chosen = torch.from_numpy(indices)
-        return Images(self.pixels[chosen], self.labels[chosen], crop)
+        return Images(self.pixels[chosen], self.labels[chosen], self.crop)
 
 
 def shift_and_mirror(x: Tensor, crop: int) -> Tensor:
@@ -68,23 +68,27 @@ def digits(split: str) -> Images:
     return Images(pixels, labels).subset({"train": train, "valid": valid, "test": test}[split])
 
 
-def class_folders(root: Path, split: str, crop: int) -> Images:
+def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
     """Small images of one size in ``root/{train,test}/<class>/*``; a tenth of train, fixed, is the validation split.
 
     Raises:
-        BitfrontError: the folder is missing or holds no images, or the images differ in size.
+        BitfrontError: a folder is missing or has not the expected classes, or the images cannot be read or differ in
+            size.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
-    folder = root / ("test" if split == "test" else "train")
-    try:
-        files = ImageFolder(str(folder), transform=pil_to_tensor)
-    except FileNotFoundError:
+    try:  # both folders, so that a missing test split is noticed before the training
+        folders = {part: ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")}
+    except FileNotFoundError as error:
         raise BitfrontError(
-            f"no images in '{folder}': expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
+            f"no images in '{root}' ({error}): expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
             "unpack the data set there or give its parent folder with data_root=<folder>"
         ) from None
+    names = folders["train"].classes
+    if names != folders["test"].classes or len(names) != classes:
+        raise BitfrontError(f"'{root}' needs the same {classes} class folders in train and test; train has {names}")
+    files = folders["test" if split == "test" else "train"]
     labels = torch.tensor(files.targets)
     chosen = np.arange(len(files))
     if split != "test":
@@ -93,7 +97,7 @@ def class_folders(root: Path, split: str, crop: int) -> Images:
     try:
         pixels = torch.stack([files[i][0] for i in chosen])
     except (OSError, RuntimeError) as error:
-        raise BitfrontError(f"could not read the images of '{folder}': {error}") from None
+        raise BitfrontError(f"could not read the images of '{root}': {error}") from None
     return Images(pixels, labels[torch.from_numpy(chosen)], crop if split == "train" else 0)
 
 

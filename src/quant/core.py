@@ -48,21 +48,27 @@ class Quantizer(nn.Module):
 
 
 class Frozen(Quantizer):
-    """The result of a post-training method: the codes stay as they were solved."""
+    """The result of a post-training method: the codes stay as they were solved, and are part of the state."""
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
-        self.packed = packed
-        self.register_buffer("size", torch.tensor(float(packed.rule_bits())))
+        self.shape = packed.shape
+        for name in ("codes", "bits", "lo", "span"):
+            self.register_buffer(f"packed_{name}", getattr(packed, name))
+
+    @property
+    def packed(self) -> Packed:
+        codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
+        return Packed(codes, bits, lo, span, self.shape)
 
     def surrogate(self, w: Tensor) -> Tensor:
-        return self.packed.decode().to(w.device)
+        return self.packed.decode()
 
     def encode(self, w: Tensor) -> Packed:
         return self.packed
 
     def bits(self) -> Tensor:
-        return self.get_buffer("size")
+        return torch.tensor(float(self.packed.rule_bits()))
 
 
 class QuantizedModel(nn.Module):
@@ -80,21 +86,19 @@ class QuantizedModel(nn.Module):
 
     def __init__(self, network: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
         super().__init__()
-        for module in network.modules():
-            if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
+        _refuse_checkpointing(network)
+        for name in quantizers:
+            module = network.get_submodule(name.rpartition(".")[0])
+            if is_parametrized(module) or name.endswith(("_g", "_v", "_orig")):
                 raise BitfrontError(
-                    f"{type(module).__name__} has activation checkpointing switched on, which recomputes with "
-                    "unquantized weights and gives wrong gradients; switch it off"
-                )
-            if quantizers and (is_parametrized(module) or hasattr(module, "weight_g")):
-                raise BitfrontError(
-                    f"{type(module).__name__} computes its weight from other parameters (weight norm or the like); "
-                    "remove the parametrization first, so that the weight itself is quantized"
+                    f"{type(module).__name__} computes its weight from '{name}' (weight norm or the like); remove the "
+                    "parametrization first, so that the weight itself is quantized"
                 )
         self.network = network
         self.names = list(quantizers)
         self.quantizers = nn.ModuleList(quantizers.values())
         self._cached: dict[str, Tensor] | None = None
+        self._cached_at: list[int] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.network, self.weights(), args, kwargs)
@@ -109,14 +113,17 @@ class QuantizedModel(nn.Module):
         """What the network sees, by name. In evaluation mode computed once, until the weights may have changed."""
         if self.training:
             return {name: quantizer(w) for name, quantizer, w in self.items()}
-        if self._cached is None:
+        versions = [t._version for t in (*self.parameters(), *self.quantizers.buffers())]
+        if self._cached is None or self._cached_at != versions:
+            self._check_finite()
             self._cached = {name: quantizer(w) for name, quantizer, w in self.items()}
+            self._cached_at = versions
         return self._cached
 
     def megabytes(self) -> Tensor:
         """Model size in MB by the papers' rule: small parameters in their own type, no buffers, tied tensors once.
 
-        Differentiable in training mode; in evaluation mode the widths are those on disk.
+        Differentiable in training mode; in evaluation mode with the whole widths that are on disk.
         """
         quantized = set(self.names)
         parameters = self.network.named_parameters()
@@ -130,9 +137,7 @@ class QuantizedModel(nn.Module):
         Raises:
             BitfrontError: a weight is not finite.
         """
-        for name, p in self.network.named_parameters():
-            if not torch.isfinite(torch.stack(torch.aminmax(p))).all():
-                raise BitfrontError(f"'{name}' holds NaN or infinity; lower the learning rate and train again")
+        self._check_finite()
         return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
 
     def widths(self) -> dict[str, list[int]]:
@@ -147,17 +152,28 @@ class QuantizedModel(nn.Module):
         """Write the artifact; return its size in bytes."""
         return self.artifact(about).save(path)
 
+    def _check_finite(self) -> None:
+        for name, p in self.network.named_parameters():
+            if not torch.isfinite(torch.stack(torch.aminmax(p.detach()))).all():
+                raise BitfrontError(f"'{name}' holds NaN or infinity; lower train.lr and run again")
+
     def train(self, mode: bool = True) -> QuantizedModel:
+        _refuse_checkpointing(self.network)
         self._cached = None
         return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cached = None  # also called when a module around this one is loaded
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QuantizedModel:
         self._cached = None
         return super()._apply(*args, **kwargs)
+
+
+def _refuse_checkpointing(network: nn.Module) -> None:
+    for module in network.modules():
+        if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
+            raise BitfrontError(
+                f"{type(module).__name__} has activation checkpointing switched on, which recomputes with unquantized "
+                "weights and gives wrong gradients; switch it off"
+            )
 
 
 def eligible(network: nn.Module, min_size: float = 0.01, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:

@@ -7,8 +7,8 @@ One width ``b`` per group of weights, one range per tensor. The noise has the st
 step 1 / (2**b - 1) (uniform) or more (gaussian), so that the gradient of the task loss meets that of the size in b.
 
 Differs from the official code: a group size that does not divide is padded; on disk the table of widths starts at the
-smallest one in use (the size in training follows the paper: at min_bits); tied weights have one logit each that is
-stepped once; widths 1..15 all survive storing.
+smallest one in use, which can only make the file smaller than the paper's rule says; tied weights have one logit each
+that is stepped once; widths 1..15 all survive storing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DiffQQuantizer(Quantizer):
     def surrogate(self, w: Tensor) -> Tensor:
         groups = grouped(w, self.method.group_size)
         # max(0) and min(0), because the backward of amax and amin searches the whole tensor for ties.
-        span = groups.view(-1).max(0).values - groups.view(-1).min(0).values
+        span = groups.reshape(-1).max(0).values - groups.reshape(-1).min(0).values
         step = span / (torch.exp2(self.widths()) - 1)
         if self.method.noise == "gaussian":
             noise, step = torch.randn_like(groups), step / 2
@@ -57,13 +57,8 @@ class DiffQQuantizer(Quantizer):
         return Packed.nearest(w, self.stored_widths().int(), lo[None], (hi - lo)[None], self.method.group_size)
 
     def bits(self) -> Tensor:
-        if self.training:
-            widths = self.widths() + self.method.extra_bits
-            lowest = torch.tensor(float(self.method.min_bits), device=widths.device)
-        else:
-            widths = self.stored_widths()
-            lowest = widths.min()
-        table = (1 + widths.detach().max().round() - lowest).clamp_min(1).log2().ceil()
+        widths = self.widths() + self.method.extra_bits if self.training else self.stored_widths()
+        table = (1 + widths.detach().max().round() - self.method.min_bits).clamp_min(1).log2().ceil()
         return self.group_numel * widths.sum() + 64 + 8 + len(widths) * table
 
 

@@ -33,7 +33,7 @@ class LSQQuantizer(Quantizer):
         # An all-zero group would otherwise divide by zero.
         self.step = nn.Parameter(torch.where(step > 0, step, 1.0))
         self.gradient_scale = 1 / math.sqrt(groups.shape[1] * largest)
-        self.register_buffer("size", torch.tensor(float(bits * groups.numel() + 32 * len(groups))))
+        self.size = float(bits * groups.numel() + 32 * len(groups))
 
     def positive_step(self) -> Tensor:
         """The steps in use, ``[groups]``: an optimizer step across zero must not turn the grid around."""
@@ -52,7 +52,7 @@ class LSQQuantizer(Quantizer):
         return Packed.nearest(w, bits, self.low * step, (self.high - self.low) * step, self.group_size)
 
     def bits(self) -> Tensor:
-        return self.get_buffer("size")
+        return torch.tensor(self.size)
 
 
 @dataclass(kw_only=True)

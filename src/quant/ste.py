@@ -25,7 +25,7 @@ class STEQuantizer(Quantizer):
         super().__init__()
         self.width, self.group_size = bits, group_size
         groups = grouped(w.detach(), group_size)
-        self.register_buffer("size", torch.tensor(float(bits * groups.numel() + 64 * len(groups))))
+        self.size = float(bits * groups.numel() + 64 * len(groups))
 
     def surrogate(self, w: Tensor) -> Tensor:
         return w + (self.encode(w).decode() - w).detach()
@@ -34,7 +34,7 @@ class STEQuantizer(Quantizer):
         return round_to_nearest(w, self.width, self.group_size)
 
     def bits(self) -> Tensor:
-        return self.get_buffer("size")
+        return torch.tensor(self.size)
 
 
 @dataclass(kw_only=True)

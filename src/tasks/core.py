@@ -45,6 +45,8 @@ class Task:
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise BitfrontError(f"train.{name} is positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise BitfrontError(f"seed is not negative, got {self.seed}")
         if self.smoke:
             self.epochs, self.batch_size = min(self.epochs, 2), min(self.batch_size, 32)
 
@@ -60,8 +62,12 @@ class Task:
         """The training loss of a batch, a scalar."""
         raise NotImplementedError
 
-    def metrics(self) -> MetricCollection:
-        """Fresh metrics, named as in the record."""
+    def metrics(self, **options: Any) -> MetricCollection:
+        """Fresh metrics, named as in the record.
+
+        Args:
+            options: of torchmetrics, for each of them.
+        """
         raise NotImplementedError
 
     def update(self, metrics: MetricCollection, net: nn.Module, batch: Any) -> None:
@@ -81,25 +87,49 @@ class Task:
             return (progress + 1e-3) / (self.warmup + 1e-3)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    def loader(self, split: str, epoch: int = 0) -> DataLoader:
-        """Batches of a split: the training split shuffled by (seed, epoch), shared out over the processes."""
+    def loader(self, split: str, epoch: int = 0, shared: bool = True) -> DataLoader:
+        """Batches of a split.
+
+        Args:
+            split: "train" is shuffled by (seed, epoch).
+            epoch: of the training.
+            shared: out over the processes; else each process draws all.
+        """
         if split not in self._splits:
             self._splits[split] = self.dataset(split)
         dataset = self._splits[split]
-        batches = EpochBatches(len(dataset), self.batch_size, self.seed if split == "train" else None)
+        rank, world = processes() if shared else (0, 1)
+        batches = EpochBatches(len(dataset), self.batch_size, self.seed if split == "train" else None, rank, world)
         batches.set_epoch(epoch)
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator)
 
-    @torch.inference_mode()
-    def evaluate(self, net: nn.Module, split: str, device: torch.device | str = "cpu") -> dict[str, float]:
-        """All metrics of a network on a split, over all processes."""
+    @torch.no_grad()
+    def evaluate(
+        self, net: nn.Module, split: str, device: torch.device | str = "cpu", shared: bool = True
+    ) -> dict[str, float]:
+        """All metrics of a network on a split.
+
+        Args:
+            net: on ``device``.
+            split: "train", "valid" or "test".
+            device: where to compute.
+            shared: out over the processes; else this process alone measures all, and gets the same digits as a run
+                in one process.
+        """
         training = net.training
         net.eval()
-        metrics = self.metrics().to(device)
-        for batch in self.loader(split):
+        metrics = self.metrics(sync_on_compute=shared).to(device)
+        for batch in self.loader(split, shared=shared):
             self.update(metrics, net, to_device(batch, device))
         net.train(training)
         return {name: value.item() * (100 if name in self.percent else 1) for name, value in metrics.compute().items()}
+
+
+def processes() -> tuple[int, int]:
+    """Number of this process, and of all that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -110,15 +140,13 @@ class EpochBatches(Sampler[list[int]]):
         batch_size: over all processes; each process draws its share of every batch.
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
+        rank, world: number of this process, and of all.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int | None) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if distributed else 0
-        self.world = torch.distributed.get_world_size() if distributed else 1
-        if batch_size % self.world:
-            raise BitfrontError(f"train.batch_size={batch_size} does not divide among {self.world} processes")
-        self.n, self.batch_size, self.seed = n, batch_size // self.world, seed
+    def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        if batch_size % world:
+            raise BitfrontError(f"train.batch_size={batch_size} does not divide among {world} processes")
+        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size // world, seed, rank, world
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
         self.set_epoch(0)

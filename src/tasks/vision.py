@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.data.images import Images, class_folders, digits, generated
+from src.errors import BitfrontError
 from src.tasks.core import Task
 
 
@@ -43,6 +44,8 @@ class Vision(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dim % self.heads or self.image_size % self.patch_size:
+            raise BitfrontError("task.heads must divide task.dim, and task.patch_size task.image_size")
         if self.smoke:
             self.dim, self.depth, self.heads = 32, 2, 2
 
@@ -68,18 +71,18 @@ class Vision(Task):
             return generated(split, self.classes, self.channels, self.image_size)
         if self.data == "digits":
             return digits(split)
-        return class_folders(Path(self.data_root) / self.data, split, self.crop)
+        return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
 
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
         return nn.functional.cross_entropy(net(normalized(x)), y, label_smoothing=self.label_smoothing)
 
-    def metrics(self) -> MetricCollection:
+    def metrics(self, **options: Any) -> MetricCollection:
         return MetricCollection(
             {
-                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro"),
-                "top5": MulticlassAccuracy(self.classes, top_k=5, average="micro"),
-                "loss": MeanMetric(),
+                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro", **options),
+                "top5": MulticlassAccuracy(self.classes, top_k=min(5, self.classes), average="micro", **options),
+                "loss": MeanMetric(**options),
             },
             compute_groups=False,
         )
