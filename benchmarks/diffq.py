@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src import record
-from src.artifact import pack, unpack
+from src.packed import pack, unpack
 from src.quant.core import QuantizedModel
 from src.quant.diffq import DiffQ
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from src.artifact import Artifact, ArtifactError, Packed, grouped, pack, packed_bytes, ungrouped, unpack
+from src.artifact import Artifact
+from src.errors import ArtifactError
+from src.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
 from src.quant.rtn import round_to_nearest
 
 

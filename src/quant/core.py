@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
-from src.artifact import MAX_BITS, Artifact, Packed
+from src.artifact import Artifact
 from src.errors import BitfrontError
+from src.packed import MAX_BITS, Packed
 
 MB = 2**20  # bytes; the papers' penalties are per MB of this size
 
@@ -267,6 +268,25 @@ class PostTraining(Method):
         return {name: Frozen(self.solve(w.detach())) for name, w in weights.items()}
 
 
+@dataclass(kw_only=True)
+class FixedBits(Method):
+    """What methods with one width for all weights share.
+
+    Attributes:
+        bits: 1..15.
+        group_size: weights that share a range or step: n consecutive ones, -1 a row, 0 the whole tensor.
+    """
+
+    bits: int = 4
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(isinstance(self.bits, int), f"bits is a whole number, got {self.bits}")
+        check(1 <= self.bits <= MAX_BITS, f"bits is 1..{MAX_BITS}, got {self.bits}")
+        check_group_size(self.group_size)
+
+
 def check(holds: bool, message: str) -> None:
     """Refuse a hyper-parameter.
 
@@ -277,10 +297,6 @@ def check(holds: bool, message: str) -> None:
         raise BitfrontError(message)
 
 
-def check_bits(bits: int, group_size: int) -> None:
-    """Refuse widths and group sizes that no method can store."""
-    check(isinstance(bits, int) and 1 <= bits <= MAX_BITS, f"bits is a whole number, 1..{MAX_BITS}, got {bits}")
-    check(
-        isinstance(group_size, int) and group_size >= -1,
-        f"group_size is n > 0 weights, 0 for the tensor or -1 for a row, got {group_size}",
-    )
+def check_group_size(group_size: int) -> None:
+    """Refuse group sizes that cannot be stored."""
+    check(isinstance(group_size, int) and group_size >= -1, f"group_size is n, 0 or -1, got {group_size}")

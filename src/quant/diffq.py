@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from src.artifact import MAX_BITS, Packed, grouped, ungrouped
-from src.quant.core import Quantizer, Trained, check, check_bits
+from src.packed import MAX_BITS, Packed, grouped, ungrouped
+from src.quant.core import Quantizer, Trained, check, check_group_size
 
 
 class DiffQQuantizer(Quantizer):
@@ -89,7 +89,7 @@ class DiffQ(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bits(1, self.group_size)
+        check_group_size(self.group_size)
         check(
             all(isinstance(b, int) for b in (self.min_bits, self.init_bits, self.max_bits, self.extra_bits))
             and 1 <= self.min_bits < self.init_bits < self.max_bits <= MAX_BITS,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from src.artifact import Packed, grouped, ungrouped
-from src.quant.core import Quantizer, Trained, check, check_bits
+from src.packed import Packed, grouped, ungrouped
+from src.quant.core import FixedBits, Quantizer, Trained, check
 
 
 class LSQQuantizer(Quantizer):
@@ -56,22 +56,17 @@ class LSQQuantizer(Quantizer):
 
 
 @dataclass(kw_only=True)
-class LSQ(Trained):
-    """Learned step size.
+class LSQ(FixedBits, Trained):
+    """Learned step size; the paper has one step per tensor.
 
     Attributes:
-        bits: 1..15.
-        group_size: weights that share a step: n consecutive ones, -1 a row, 0 the whole tensor (the paper).
         lr: learning rate (Adam, constant) of the steps; 0 trains them in the network's optimizer (the paper).
     """
 
-    bits: int = 4
-    group_size: int = 0
     lr: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bits(self.bits, self.group_size)
         check(self.lr >= 0, f"quant.lr is not negative, got {self.lr}")
 
     def quantizer(self, w: Tensor) -> LSQQuantizer:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.artifact import Packed, grouped
-from src.quant.core import PostTraining, check_bits
+from src.packed import Packed, grouped
+from src.quant.core import FixedBits, PostTraining
 
 
 def min_max(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -27,20 +27,8 @@ def round_to_nearest(w: Tensor, bits: int, group_size: int) -> Packed:
 
 
 @dataclass(kw_only=True)
-class RTN(PostTraining):
-    """Round to nearest.
-
-    Attributes:
-        bits: 1..15.
-        group_size: weights that share a range: n consecutive ones, -1 a row, 0 the whole tensor.
-    """
-
-    bits: int = 4
-    group_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self.bits, self.group_size)
+class RTN(FixedBits, PostTraining):
+    """Round to nearest; all its options are ``FixedBits``'."""
 
     def solve(self, w: Tensor) -> Packed:
         return round_to_nearest(w, self.bits, self.group_size)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.artifact import Packed, grouped
-from src.quant.core import Quantizer, Trained, check_bits
+from src.packed import Packed, grouped
+from src.quant.core import FixedBits, Quantizer, Trained
 from src.quant.rtn import round_to_nearest
 
 
@@ -38,20 +38,8 @@ class STEQuantizer(Quantizer):
 
 
 @dataclass(kw_only=True)
-class STE(Trained):
-    """Straight-through estimator.
-
-    Attributes:
-        bits: 1..15.
-        group_size: weights that share a range: n consecutive ones, -1 a row, 0 the whole tensor.
-    """
-
-    bits: int = 4
-    group_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self.bits, self.group_size)
+class STE(FixedBits, Trained):
+    """Straight-through estimator; all its options are ``FixedBits``'."""
 
     def quantizer(self, w: Tensor) -> STEQuantizer:
         return STEQuantizer(w, self.bits, self.group_size)
