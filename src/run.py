@@ -106,8 +106,11 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
     shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
     overrides = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
     overrides = [*overrides, "quant=float"]
-    if "RANK" in os.environ and not Run(directory(config.load(overrides), None)).finished():
-        raise BitfrontError(f"under torchrun, first run the start by itself: python -m src.run {' '.join(overrides)}")
+    if not Run(directory(config.load(overrides), None)).finished():
+        command = f"python -m src.run {' '.join(overrides)}"
+        if "RANK" in os.environ:
+            raise BitfrontError(f"under torchrun, first run the start by itself: {command}")
+        CONSOLE.print(f"first the float start, with the task's own recipe: {command}")
     floating = run_cell(overrides, nested=True)
     return {"artifact": floating["artifact"], "sha256": floating["artifact_sha256"]}
 
