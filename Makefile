@@ -11,7 +11,7 @@ help:  ## Print this list
 
 setup: .venv/installed  ## Install the pinned packages into .venv
 
-demo: .venv/installed  ## Train and compress a vision transformer on bundled data, print its table (2 minutes)
+demo: .venv/installed  ## Train and compress a vision transformer on bundled data, print its table (3 minutes)
 	$(RUN) task=vit quant=float
 	$(RUN) task=vit quant=diffq penalty=5
 	$(PY) -m src.report runs task=vit

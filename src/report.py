@@ -76,7 +76,7 @@ class Row:
             f"{self.size / MIB:.3f}",
             f"{self.float_size / self.size:.2f}",
             f"{8 * self.size / self.parameters:.2f}",
-            f"{self.value:.4g}{spread}",
+            f"{self.value:.2f}{spread}" if abs(self.value) >= 10 else f"{self.value:.4g}{spread}",
             str(len(self.values)),
             f"{self.seconds / 60:.1f}",
             " ".join(self.runs),
@@ -158,14 +158,14 @@ def draw(table: Sequence[Row], stem: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     front = [row for row in table if row.best]
     axes.step(
-        [r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0, label="best"
+        [r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0, label="front"
     )
     for number, method in enumerate(sorted({row.method for row in table})):
         points = [row for row in table if row.method == method]
         axes.errorbar(
             [row.size / MIB for row in points],
             [row.value for row in points],
-            yerr=[row.spread for row in points],
+            yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
             fmt="osD^vP*X"[number % 8],
             color=f"C{number}",
             capsize=2,
@@ -187,6 +187,7 @@ def draw(table: Sequence[Row], stem: Path) -> None:
 def show(table: Sequence[Row]) -> None:
     """Print one task's rows."""
     grid = Table(title=table[0].task, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.caption = f"* not beaten in size and {row_metric(table)}; MiB of the file; file bits per parameter"
     for heading in HEADINGS[:-1]:
         text = row_metric(table) if heading == "metric" else heading
         grid.add_column(
@@ -228,15 +229,20 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
     Raises:
         BitfrontError: there are none.
     """
-    table = [row for row in rows(record.read_all(root)) if chosen["task"] in ("", row.task)]
+    table = rows(record.read_all(root))
     if not table:
         raise BitfrontError(
             f"no finished runs in '{root}'; make one with: python -m src.run task=vit quant=diffq penalty=5"
         )
-    table = [row for row in table if chosen["method"] in ("", row.method)]
+    there = {(row.task, row.method) for row in table}
+    smallest = min(row.size for row in table) / MIB
+    table = [row for row in table if chosen["task"] in ("", row.task) and chosen["method"] in ("", row.method)]
     table = [row for row in table if not chosen["max_size"] or row.size <= chosen["max_size"] * MIB]
     if not table:
-        raise BitfrontError(f"no run in '{root}' fits method={chosen['method']} max_size={chosen['max_size']}")
+        tasks, methods = (", ".join(sorted(set(names))) for names in zip(*there, strict=True))
+        raise BitfrontError(
+            f"no run in '{root}' fits; there are task={tasks}, method={methods}, the smallest of {smallest:.3f} MiB"
+        )
     out = Path(chosen["out"] or root / "report")
     out.mkdir(parents=True, exist_ok=True)
     tables = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}

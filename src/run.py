@@ -87,6 +87,8 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
     if rank() > 0:
         return _execute(cell, overrides, start, run, group)
     with run.locked(wait=nested):
+        if run.checkpoint.is_file():
+            CONSOLE.print(f"resuming '{run.path}' after its last finished epoch")
         finished = run.finished() or _execute(cell, overrides, start, run, group)
     CONSOLE.print(summary(finished))
     return finished
@@ -110,6 +112,9 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
         command = f"python -m src.run {' '.join(overrides)}"
         if "RANK" in os.environ:
             raise BitfrontError(f"under torchrun, first run the start by itself: {command}")
+        from src.cell import build, build_task
+
+        build_task(cell), build(cell["quant"])  # refuse what cannot work before the start is trained
         CONSOLE.print(f"first the float start, with the task's own recipe: {command}")
     floating = run_cell(overrides, nested=True)
     return {"artifact": floating["artifact"], "sha256": floating["artifact_sha256"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 import zipfile
@@ -137,13 +138,14 @@ class Training(pl.LightningModule):
 
 
 class Progress(pl.Callback):
-    """One bar over the whole training with the last epoch's numbers; on a terminal only."""
+    """One bar over the whole training with the last epoch's numbers; in a log file, a line every half minute."""
 
     def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
         self.bar = tqdm(
             total=int(trainer.estimated_stepping_batches),
             initial=trainer.global_step,
-            disable=None if trainer.is_global_zero else True,
+            disable=not trainer.is_global_zero,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
             unit="step",
             leave=False,
         )

@@ -39,7 +39,7 @@ def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
     )
     assert [(r.method, r.best) for r in table] == [("a", True), ("c", False), ("b", True), ("d", False)]
     assert table[0].values == [82.0, 80.0] and table[0].value == 81 and table[0].spread == pytest.approx(2**0.5)
-    assert table[0].cells()[3:8] == ("0.001", "4.00", "8.00", "81 ± 1.41", "2")
+    assert table[0].cells()[3:8] == ("0.001", "4.00", "8.00", "81.00 ± 1.41", "2")
 
 
 def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:

@@ -80,9 +80,9 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
 
     try:  # both folders, so that a missing test split is noticed before the training
         folders = {part: ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")}
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         raise BitfrontError(
-            f"no images in '{root}' ({error}): expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
+            f"no images in '{root}': expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
             "unpack the data set there or give its parent folder with data_root=<folder>"
         ) from None
     names = folders["train"].classes
