@@ -16,9 +16,10 @@ from torch import distributed
 from src import record
 from src.artifact import Artifact
 from src.errors import BitfrontError
+from src.quant.calibration import Calibration, PostTraining
 from src.quant.core import Method, QuantizedModel
 from src.record import Run
-from src.tasks.core import Task, processes
+from src.tasks.core import Task, processes, to_device
 from src.tracking import Tracker
 from src.training import Training, accelerator, fit
 
@@ -80,11 +81,10 @@ def execute(
         raise
     if rank == 0:
         run.write(result)
-        run.checkpoint.unlink(missing_ok=True)
+        run.clean()
     _barrier()
     finished = run.finished()
-    if finished is None:
-        raise BitfrontError("only process 0 quantizes after training; run this cell in one process")
+    assert finished is not None
     return finished
 
 
@@ -95,7 +95,7 @@ def _run(
     task, method = build_task(cell), build(cell["quant"])
     stages: dict[str, dict[str, float]] = {}
     with _measured("attach", stages):
-        model = _attached(task, method, start)
+        model = _attached(task, method, start, device, run)
     history: list[dict[str, float]] = []
     tracker = Tracker(
         cell["wandb"] if rank == 0 else "disabled",
@@ -133,6 +133,7 @@ def _run(
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "processes": processes()[1],
             "history": history,
+            **({"calibration": model.log} if model.log else {}),
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
         }
@@ -163,14 +164,29 @@ def sizes(model: QuantizedModel, artifact: Path) -> dict[str, float]:
     }
 
 
-def _attached(task: Task, method: Method, start: dict[str, str] | None) -> QuantizedModel:
-    if not method.trains and not start:
+def _attached(
+    task: Task, method: Method, start: dict[str, str] | None, device: torch.device, run: Run
+) -> QuantizedModel:
+    if method.after_training and not start:
         raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
     pl.seed_everything(task.seed, verbose=False)
     network = task.model()
     if start:
         Artifact.load(start["artifact"]).load_into(network)
-    return method.attach(network)
+    if not isinstance(method, PostTraining):
+        return method.attach(network)
+    data = Calibration(
+        batches=task.calibration(method.samples, method.batch_size),
+        run=lambda net, batch: task.loss(net, to_device(batch, device)),
+        blocks=task.blocks(network),
+        valid=task.valid,
+        states=run.blocks,
+        seed=task.seed,
+    )
+    try:
+        return method.attach(network.to(device), data)
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
 
 
 @contextmanager

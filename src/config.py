@@ -29,7 +29,14 @@ CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
 }
-TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list, [a,b]"}
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list: "a list, [a,b]",
+    dict: "a mapping, {a:{b:1}}",
+}
 
 
 def options(group: str) -> list[str]:
@@ -88,7 +95,7 @@ def check(words: Sequence[str]) -> None:
         method = config.hydra.runtime.choices["quant"]
         for override in overrides:
             if override.key_or_group not in GROUPS:
-                _check_key(config, override, method)
+                _check_key(config, override, method, overrides)
 
 
 def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def _choices(override: Override) -> list[str]:
     return names
 
 
-def _check_key(config: DictConfig, override: Override, method: str) -> None:
+def _check_key(config: DictConfig, override: Override, method: str, overrides: list[Override]) -> None:
     key = override.key_or_group
     known = [k for k in _keys(config) if not k.startswith("hydra")]
     if key not in known:
@@ -166,6 +173,11 @@ def _check_key(config: DictConfig, override: Override, method: str) -> None:
         raise BitfrontError(
             f"quant={method} has no option '{key}'; {_closest(key, known)}options: {', '.join(short)}, "
             f"{', '.join(k for k in known if k.startswith('quant.') and k != 'quant._target_')}, task.*, train.*"
+        )
+    if key.startswith("train.") and config.quant.get("sft") is False and not _sets(overrides, "quant.sft"):
+        raise BitfrontError(
+            f"quant={method} does not train, so {key} means nothing to it; for another float start run quant=float "
+            "with it and give init_from=<its artifact>; quant.sft=true fine-tunes"
         )
     default = OmegaConf.select(config, key)
     if _shared().get(key, key) is None:  # null in config.yaml: null or a word
@@ -185,14 +197,19 @@ def _check_type(key: str, default: Any, value: Any) -> None:
         int: number and isinstance(value, int),
         float: number and math.isfinite(value),
         list: isinstance(value, list),
-        dict: False,
+        dict: default == {} and isinstance(value, dict),
         str: isinstance(value, (str, QuotedString)),
     }[type(default)]
     if not fits:
-        wanted = TYPES.get(type(default), "no value; set one of its keys")
+        wanted = "no value; set one of its keys" if isinstance(default, dict) and default else TYPES[type(default)]
         raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
     if key in CHOICES and str(value) not in CHOICES[key]:
         raise BitfrontError(f"there is no {key}={value}; choices: {', '.join(CHOICES[key])}")
+
+
+def _sets(overrides: list[Override], key: str) -> bool:
+    """Whether the command line has a true value for a key."""
+    return any(True in _values(o) for o in overrides if o.key_or_group == key)
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

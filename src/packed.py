@@ -144,8 +144,9 @@ class Packed:
         return ungrouped(self.codes.float().mul_(step).add_(first), self.shape)
 
     def rule_bits(self) -> int:
-        """Bits by the papers' size rule: the codes, and two 32-bit numbers per scale."""
-        return self.codes.shape[1] * int(self.bits.long().expand(len(self.codes)).sum()) + 64 * self.lo.numel()
+        """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
+        codes = self.codes.shape[1] * int(self.bits.long().expand(len(self.codes)).sum())
+        return codes + 16 * self.lo.itemsize * self.lo.numel()
 
     def layout(self) -> dict[str, Any]:
         """What the header says of this tensor; with it the entry's bytes can be read."""
@@ -225,6 +226,11 @@ class Packed:
         codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
         return cls(codes_tensor, bits_tensor, lo, span, shape)
+
+
+def middle_code(bits: int) -> float:
+    """The code that stands for 0 in a symmetric grid: integers -2^(b-1)..2^(b-1)-1, but ±½ for one bit."""
+    return 2.0 ** (bits - 1) if bits > 1 else 0.5
 
 
 def code_dtype(largest: int) -> torch.dtype:

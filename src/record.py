@@ -1,7 +1,7 @@
 """Run directories and records. A run's directory is named by a hash of what determines its result, so that the same
 command finds its finished result, or what an interrupted run left.
 
-    <root>/<task>/<method>/<id>/{model.safetensors, record.json, last.ckpt while training, lock}
+    <root>/<task>/<method>/<id>/{model.safetensors, record.json, lock}, and while running last.ckpt, blocks/
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 from src.errors import BitfrontError
 
 SCHEMA = "bitfront/record/1"
-ARTIFACT, RECORD, CHECKPOINT = "model.safetensors", "record.json", "last.ckpt"
+ARTIFACT, RECORD, CHECKPOINT, BLOCKS = "model.safetensors", "record.json", "last.ckpt", "blocks"
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "hydra-core", "torchmetrics")
 
 
@@ -32,11 +33,16 @@ def identity(config: dict[str, Any], init_sha256: str | None) -> str:
     """The run's id: a hash of task, recipe, method, seed, start and precision.
 
     Keys without a value are left out, so that a new option that is off by default keeps all ids. Places, devices and
-    tracking do not count.
+    tracking do not count, nor does the recipe of a cell that does not train.
     """
-    kept = {key: config[key] for key in ("task", "train", "quant", "seed", "smoke")}
+    kept = {key: config[key] for key in ("task", "quant", "seed", "smoke", *(["train"] if trains(config) else []))}
     kept |= {"precision": config["trainer"]["precision"], "init": init_sha256}
     return hashlib.sha1(json.dumps(_canonical(kept), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def trains(config: dict[str, Any]) -> bool:
+    """Whether a cell has a training stage: post-training methods only with ``sft``."""
+    return bool(config["quant"].get("sft", True))
 
 
 class Run:
@@ -48,7 +54,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.artifact, self.checkpoint = path / ARTIFACT, path / CHECKPOINT
+        self.artifact, self.checkpoint, self.blocks = path / ARTIFACT, path / CHECKPOINT, path / BLOCKS
 
     def finished(self) -> dict[str, Any] | None:
         """The record, if the run is complete; it names the artifact where the directory is now."""
@@ -58,6 +64,11 @@ class Run:
         if self.artifact.stat().st_size != record["sizes"]["file"]:
             return None  # damaged since: run the cell again
         return record | {"artifact": str(self.artifact)}
+
+    def clean(self) -> None:
+        """Remove what only an interrupted run needs."""
+        self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.blocks, ignore_errors=True)
 
     @contextmanager
     def locked(self, wait: bool) -> Iterator[None]:
@@ -155,7 +166,7 @@ def _git(*arguments: str) -> str | None:
 def _canonical(value: Any) -> Any:
     """Without empty values, and with 5 and 5.0 the same."""
     if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items() if item is not None}
+        return {key: _canonical(item) for key, item in value.items() if item not in (None, {})}
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -84,11 +84,15 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
         if not nested:
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
         return finished
+    if "sft" in cell["quant"] and "RANK" in os.environ:
+        raise BitfrontError("calibration is for one process; run this cell without torchrun")
     if rank() > 0:
         return _execute(cell, overrides, start, run, group)
     with run.locked(wait=nested):
         if run.checkpoint.is_file():
             CONSOLE.print(f"resuming '{run.path}' after its last finished epoch")
+        elif run.blocks.is_dir():
+            CONSOLE.print(f"resuming '{run.path}' after block {len(list(run.blocks.glob('[0-9]*.pt')))}")
         finished = run.finished() or _execute(cell, overrides, start, run, group)
     CONSOLE.print(summary(finished))
     return finished

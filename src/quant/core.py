@@ -2,16 +2,16 @@
 ``Quantizer`` per weight tensor turns the float weight into what the network sees.
 
 A training-time method writes a ``Quantizer`` and a ``Trained`` dataclass that makes one per tensor; a
-post-training method writes a ``PostTraining`` dataclass whose ``solve`` returns the packed tensor.
+post-training method a ``PostTraining`` dataclass (``calibration.py``) whose ``solve`` returns the packed tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from src.artifact import Artifact
 from src.errors import BitfrontError
-from src.packed import MAX_BITS, Packed
+from src.packed import MAX_BITS, Packed, middle_code
 
 MB = 2**20  # bytes; the papers' penalties are per MB of this size
 
@@ -49,21 +49,52 @@ class Quantizer(nn.Module):
 
 
 class Frozen(Quantizer):
-    """The result of a post-training method: the codes stay as they were solved, and are part of the state."""
+    """The result of a post-training method: the codes stay as they were solved, and are part of the state.
 
-    def __init__(self, packed: Packed) -> None:
+    Args:
+        packed: with one width for all codes if trainable.
+        trainable: learn the values that the codes stand for, as decoupleQ's block-wise and fine-tuning stages do. The
+            parameters are relative: ``gain`` (of the distance of neighbours) and ``shift`` (of the middle value), both
+            in units of the distance at the start, so that one learning rate fits every tensor.
+        symmetric: the values stay where they are relative to each other and to 0: no ``shift``.
+    """
+
+    def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False) -> None:
         super().__init__()
         self.shape = packed.shape
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
+        self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))
+        self.gain = self.shift = None
+        if trainable:
+            unit = packed.span.float() / self.levels
+            self.register_buffer("unit", torch.where(unit == 0, 1.0, unit))
+            self.gain = nn.Parameter((unit != 0).float())
+            middle = packed.lo.float() / self.get_buffer("unit") + self.gain.detach() * self.middle
+            self.shift = nn.Parameter(middle, requires_grad=not symmetric)
 
     @property
     def packed(self) -> Packed:
         codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
+        if self.gain is not None:
+            learned, dtype = self._learned(), lo.dtype
+            lo, span = learned[0].detach().to(dtype), learned[1].detach().to(dtype)
         return Packed(codes, bits, lo, span, self.shape)
 
+    def _learned(self) -> tuple[Tensor, Tensor]:
+        assert self.gain is not None and self.shift is not None
+        unit = self.get_buffer("unit")
+        return unit * (self.shift - self.gain * self.middle), unit * self.gain * self.levels
+
+    def values(self) -> Tensor:
+        """The weight, float32, differentiable in what is learned."""
+        if self.gain is None:
+            return self.packed.decode()
+        codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
+        return Packed(codes, bits, *self._learned(), self.shape).decode()
+
     def surrogate(self, w: Tensor) -> Tensor:
-        return self.packed.decode()
+        return self.values()
 
     def encode(self, w: Tensor) -> Packed:
         return self.packed
@@ -98,6 +129,7 @@ class QuantizedModel(nn.Module):
         self.network = network
         self.names = list(quantizers)
         self.quantizers = nn.ModuleList(quantizers.values())
+        self.log: dict[str, Any] = {}  # how a post-training method fared, for the record
         self._cached: dict[str, Tensor] | None = None
         self._cached_at: list[int] = []
 
@@ -207,18 +239,35 @@ class Method:
 
     Attributes:
         min_size, exclude: as in ``eligible``.
+        layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; of several
+            matches the last one counts.
         penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         trains: whether there is a training stage.
+        after_training: whether it needs trained weights and calibration data.
+        per_layer: what ``layers`` can set.
     """
 
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     penalty: float = field(default=0.0, init=False)
     trains: ClassVar[bool] = True
+    after_training: ClassVar[bool] = False
+    per_layer: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
         check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
+        for pattern, settings in self.layers.items():
+            for key in settings:
+                known = ", ".join(self.per_layer) or "nothing"
+                check(key in self.per_layer, f"layers sets {known} for this method, not '{key}' ('{pattern}')")
+            replace(self, layers={}, **settings)  # refuses what is out of range
+
+    def of(self, name: str) -> Self:
+        """This method with the settings that ``layers`` gives for a tensor."""
+        settings = [s for pattern, s in self.layers.items() if fnmatchcase(name, pattern)]
+        return replace(self, layers={}, **settings[-1]) if settings else self
 
     def attach(self, network: nn.Module) -> QuantizedModel:
         """Wrap a network whose weights are the starting point."""
@@ -227,6 +276,20 @@ class Method:
     def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
         """One quantizer per eligible tensor; none means a float model."""
         return {}
+
+    def eligible(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors to quantize.
+
+        Raises:
+            BitfrontError: a pattern of ``layers`` matches none of them.
+        """
+        weights = eligible(network, self.min_size, self.exclude)
+        for pattern in self.layers:
+            check(
+                any(fnmatchcase(name, pattern) for name in weights),
+                f"layers: no quantized tensor matches '{pattern}'; there are {', '.join(weights)}",
+            )
+        return weights
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The quantizers' own optimizer, stepped beside the network's with a constant learning rate.
@@ -250,22 +313,7 @@ class Trained(Method):
         raise NotImplementedError
 
     def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
-        return {name: self.quantizer(w) for name, w in eligible(network, self.min_size, self.exclude).items()}
-
-
-@dataclass(kw_only=True)
-class PostTraining(Method):
-    """A method that quantizes a trained network without training."""
-
-    trains: ClassVar[bool] = False
-
-    def solve(self, w: Tensor) -> Packed:
-        """Quantize one tensor."""
-        raise NotImplementedError
-
-    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
-        weights = eligible(network, self.min_size, self.exclude)
-        return {name: Frozen(self.solve(w.detach())) for name, w in weights.items()}
+        return {name: self.of(name).quantizer(w) for name, w in self.eligible(network).items()}
 
 
 @dataclass(kw_only=True)
@@ -279,6 +327,7 @@ class FixedBits(Method):
 
     bits: int = 4
     group_size: int = 0
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()

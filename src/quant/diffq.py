@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ class DiffQ(Trained):
     noise: str = "gaussian"
     extra_bits: int = 0
     lr: float = 1e-3
+    per_layer: ClassVar[tuple[str, ...]] = ("group_size", "min_bits", "init_bits", "max_bits", "extra_bits")
 
     def __post_init__(self) -> None:
         super().__post_init__()

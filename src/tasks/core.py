@@ -74,6 +74,24 @@ class Task:
         """Add the network's predictions on a batch to the metrics."""
         raise NotImplementedError
 
+    def calibration(self, samples: int, batch_size: int) -> list[Any]:
+        """Training samples for post-training quantization, in a fixed random order; all, if there are fewer."""
+        dataset = self.undisturbed(self.dataset("train"))
+        order = np.random.default_rng(self.seed).permutation(len(dataset))[:samples].tolist()
+        return [dataset[order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+
+    def undisturbed(self, dataset: Any) -> Any:
+        """A training set without its augmentation."""
+        return dataset
+
+    def blocks(self, net: nn.Module) -> list[str] | None:
+        """Names of the modules that post-training quantization works on one after the other; None finds them."""
+        return None
+
+    def valid(self, batch: Any) -> Tensor | None:
+        """The share of each sample that is not padding, ``[samples]`` in 0..1; None where nothing is padded."""
+        return None
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The network's optimizer: AdamW, no decay of vectors (norms, biases)."""
         groups: dict[float, list[nn.Parameter]] = {}

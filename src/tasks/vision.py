@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +72,9 @@ class Vision(Task):
         if self.data == "digits":
             return digits(split)
         return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
+
+    def undisturbed(self, dataset: Images) -> Images:
+        return replace(dataset, crop=0)
 
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch

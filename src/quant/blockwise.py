@@ -1,0 +1,152 @@
+"""The block-wise stage (decoupleQ, arXiv 2404.12759, equation 2): with the codes fixed, the values that they stand for
+and the norms of a block are tuned so that the block's output comes closest to what the float block gives.
+
+Differs from the official code: float32 masters, so that norms of half precision learn too; relative learning rates;
+batches are shuffled; a part is held out, measured with the values as they will be stored, and the best epoch on it
+counts, with the untuned block among the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map
+
+from src.errors import BitfrontError
+from src.packed import Packed
+from src.quant.core import Frozen
+from src.quant.inputs import inside
+
+HELD_OUT = 8  # one batch of so many
+
+
+@dataclass
+class Captured:
+    """The arguments of one call of a block, on the CPU, and which part of each sample is not padding."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    valid: Tensor | None
+
+    def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A copy of the arguments; blocks may change them in place."""
+        return tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+
+
+def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the normalization layers."""
+    for name, child in module.named_modules():
+        if "Norm" in type(child).__name__:
+            for own, p in child.named_parameters(recurse=False):
+                yield f"{name}.{own}" if name else own, p
+
+
+class Tuning:
+    """A block whose codes are fixed.
+
+    Args:
+        block: float network part, in evaluation mode, on the device to work on. Its norms are overwritten.
+        packed: its quantized weights by their name in the block.
+        symmetric: of them, those whose grid keeps 0.
+    """
+
+    def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str]) -> None:
+        self.block, self.packed = block, packed
+        self.device = next(block.parameters()).device
+        self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
+        own = dict(norm_parameters(block))
+        self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
+
+    def run(
+        self, inputs: Sequence[Captured], targets: Sequence[Any], epochs: int, lr: float, seed: int
+    ) -> dict[str, Any]:
+        """Tune.
+
+        Args:
+            inputs: of the block.
+            targets: what the float block made of each.
+            epochs: over the inputs, less those held out.
+            lr: of Adam, relative to the distance of two values, and to 1 for norms.
+            seed: of the order.
+
+        Returns:
+            For the record: the relative error on the held-out inputs before and after each epoch, and the best epoch.
+
+        Raises:
+            BitfrontError: the error is not finite.
+        """
+        held = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
+        train, test = list(range(len(inputs) - held)), list(range(len(inputs) - held, len(inputs))) or [0]
+        power = {
+            n: sum(t.float().square().mean().item() for t in _floats(targets[n])) or 1.0 for n in range(len(inputs))
+        }
+        learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=lr)
+        generator = torch.Generator().manual_seed(seed)
+
+        def error(n: int, weights: dict[str, Tensor]) -> Tensor:
+            return self._error(inputs[n], targets[n], weights) / power[n]
+
+        @torch.no_grad()
+        def held_out() -> float:
+            weights = self._stored()
+            return sum(error(n, weights).item() for n in test) / len(test)
+
+        losses, best = [held_out()], 0
+        kept = self.packed, self._norms()
+        for epoch in range(1, epochs + 1):
+            for n in torch.randperm(len(train), generator=generator).tolist():
+                optimizer.zero_grad()
+                loss = error(train[n], self._weights())
+                if not torch.isfinite(loss):
+                    raise BitfrontError(
+                        "the output of a block is not finite while tuning it; lower quant.block_lr or J"
+                    )
+                loss.backward()
+                optimizer.step()
+            losses.append(held_out())
+            if losses[-1] < losses[best]:
+                best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._norms())
+        self.packed, norms = kept
+        for name, p in norms.items():
+            self.block.get_parameter(name).data.copy_(p)
+        return {"held_out": losses, "best_epoch": best}
+
+    def _error(self, captured: Captured, target: Any, weights: dict[str, Tensor]) -> Tensor:
+        args, kwargs = captured.on(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = functional_call(self.block, weights, args, kwargs)
+        total = torch.zeros((), device=self.device)
+        for got, wanted in zip(_floats(output), _floats(target), strict=True):
+            difference = (got.float() - wanted.to(self.device).float()).square()
+            if captured.valid is not None and difference.dim() > 2:
+                difference = difference[inside(difference, captured.valid)]
+            total = total + difference.mean()
+        return total
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What training sees: float32 masters, in the type of the network."""
+        masters: dict[str, Tensor] = {name: f.values() for name, f in self.frozen.items()} | dict(self.norms)
+        return {name: w.to(self.block.get_parameter(name).dtype) for name, w in masters.items()}
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What will be stored."""
+        stored = {name: f.packed.decode() for name, f in self.frozen.items()} | self._norms()
+        return {name: w.to(self.block.get_parameter(name).dtype) for name, w in stored.items()}
+
+    def _norms(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.norms.items()}
+
+
+def on_cpu(tree: Any) -> Any:
+    """A copy of all tensors in a structure."""
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor) and x.is_floating_point()]

@@ -1,0 +1,381 @@
+"""Post-training quantization, block by block (decoupleQ, arXiv 2404.12759, section 3; GPTQ's "true-sequential").
+
+For each block of the network, in the order in which they are called:
+
+1. its inputs are captured from a forward of the network so far, whose earlier blocks are quantized already;
+2. what the block, still float, makes of them is kept as the target;
+3. layer by layer, the second moments ``H = E[x xᵀ]`` of the inputs are measured and the method solves for the weight;
+   layers that share an input share its ``H``;
+4. the values of all codes of the block, and its norms, are tuned so that its output is closest to the target.
+
+Which layers there are, their order and which of them share an input is seen from one forward (``inputs.Watch``), so
+that no architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from src.artifact import write_atomically
+from src.errors import BitfrontError
+from src.packed import Packed
+from src.quant.blockwise import Captured, Tuning, norm_parameters, on_cpu
+from src.quant.core import Frozen, Method, QuantizedModel, Quantizer, check
+from src.quant.inputs import Accumulator, Moments, Use, Watch
+
+
+@dataclass
+class Calibration:
+    """The data that a network is calibrated on, and how.
+
+    Attributes:
+        batches: inputs of the network, as the task knows them.
+        run: does a forward of the network on a batch.
+        blocks: names of the modules to work on one after the other; None finds them (``blocks``).
+        valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None.
+        states: folder where each finished block is kept, so that an interrupted run goes on there; or None.
+        seed: of the order of the data while tuning.
+    """
+
+    batches: Sequence[Any]
+    run: Callable[[nn.Module, Any], Any]
+    blocks: list[str] | None = None
+    valid: Callable[[Any], Tensor | None] = lambda batch: None
+    states: Path | None = None
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class PostTraining(Method):
+    """A method that quantizes a trained network.
+
+    Attributes:
+        samples: of the training data, to calibrate on.
+        batch_size: of the calibration and of the block-wise stage.
+        J: epochs of the block-wise stage (the paper's J), 0 for none. The last batches are held out, and the best epoch
+            on them counts.
+        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
+        reestimate_bn: measure the statistics of batch norms anew, with the quantized weights.
+        sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
+            and the norms learn.
+    """
+
+    samples: int = 1024
+    batch_size: int = 32
+    J: int = 0
+    block_lr: float = 1e-3
+    reestimate_bn: bool = False
+    sft: bool = False
+    after_training: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.samples > 0 and self.batch_size > 0, "quant.samples and quant.batch_size are positive")
+        check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return self.sft
+
+    @property
+    def symmetric_grid(self) -> bool:
+        """Whether 0 stays a value when the values are tuned."""
+        return False
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        """Quantize one tensor, with the settings of this instance.
+
+        Args:
+            w: its weight, any shape.
+            inputs: what the layer sees; None where that is unknown (embeddings, recurrent layers).
+
+        Returns:
+            The packed tensor, and what is worth recording.
+        """
+        raise NotImplementedError
+
+    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
+        """Refuse, before any work, tensors that cannot be quantized as asked."""
+
+    def attach(self, network: nn.Module, data: Calibration | None = None) -> QuantizedModel:
+        """Quantize a trained network; its weights are overwritten.
+
+        Raises:
+            BitfrontError: there is no data, or a layer cannot be quantized as asked.
+        """
+        if data is None:
+            raise BitfrontError(f"{type(self).__name__} needs calibration data")
+        QuantizedModel(network, {})  # refuses what cannot be quantized, before any work
+        packed, log = calibrate(network, self, data)
+        frozen: dict[str, Quantizer] = {
+            name: Frozen(p, self.sft, self.of(name).symmetric_grid) for name, p in packed.items()
+        }
+        if self.sft:
+            norms = {name for name, _ in norm_parameters(network)} - packed.keys()
+            for name, p in network.named_parameters():
+                p.requires_grad_(name in norms)
+        model = QuantizedModel(network, frozen)
+        model.log = log
+        return model
+
+
+@dataclass
+class Unit:
+    """A block of the network to be quantized at once.
+
+    Attributes:
+        block: name of its module; "" for the network, where a layer is part of no block.
+        stages: names of the weights, those with the same inputs together, in the order of use.
+        blind: names of weights in the block of whose inputs nothing is known.
+        calls: how often it is called in a forward.
+    """
+
+    block: str
+    stages: list[list[str]]
+    blind: list[str]
+    calls: int = 1
+
+
+def blocks(network: nn.Module) -> list[str]:
+    """The modules that are natural to quantize at once: the items of the outermost lists of like modules (the layers of
+    an encoder), and whatever else is called beside them. A list of plain layers is no such list."""
+    found: list[str] = []
+
+    def like(module: nn.Module) -> bool:
+        kinds = [type(child) for child in module.children() if next(child.children(), None) is not None]
+        return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) > len(set(kinds))
+
+    def descend(name: str, module: nn.Module, listed: bool) -> None:
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if like(child):
+                descend(full, child, True)
+            elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # cannot be called
+                descend(full, child, listed)
+            elif not listed and any(like(inner) for inner in child.modules()):
+                descend(full, child, False)
+            else:
+                found.append(full)
+
+    descend("", network, False)
+    return found
+
+
+def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
+    """Which weights are solved together, and in which order, as seen from one forward of the first batch."""
+    names = blocks(network) if data.blocks is None else data.blocks
+    modules = {name: network.get_submodule(name) for name in names}
+    inside: list[str] = []  # of which blocks the forward is at the time
+    calls: list[str] = []
+    uses: dict[str, list[tuple[str, Use]]] = {}
+    first: dict[str, int] = {}  # by weight or block, a number that rises with time
+
+    def entered(name: str) -> None:
+        inside.append(name)
+        calls.append(name)
+        first.setdefault(name, len(first))
+
+    def see(name: str, use: Use) -> None:
+        uses.setdefault(name, []).append((inside[-1] if inside else "", use))  # keeps the inputs, and so their identity
+        first.setdefault(name, len(first))
+
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered(name)) for name, m in modules.items()]
+    hooks += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in modules.values()]
+    with torch.no_grad(), Watch(weights, see):
+        data.run(network, data.batches[0])
+    for hook in hooks:
+        hook.remove()
+
+    owners = {id(p): block for block in reversed(names) if block in first for p in modules[block].parameters()}
+
+    def home(name: str) -> str:
+        """The block in which a weight is used, or which holds it if no use is seen; "" if it is used in several."""
+        used = {block for block, _ in uses.get(name, [])} or {owners.get(id(weights[name]), "")}
+        return used.pop() if len(used) == 1 else ""
+
+    def start(name: str) -> int:
+        return min(first.get(key, len(first)) for key in (name, owners.get(id(weights[name]), name)))
+
+    units: dict[str, Unit] = {}
+    for name in sorted(weights, key=start):
+        block = home(name)
+        unit = units.setdefault(block or (name if name in uses else ""), Unit(block, [], [], calls.count(block)))
+        keys = {use.key for _, use in uses.get(name, [])}
+        if not keys:
+            unit.blind.append(name)
+        elif unit.stages and keys == {use.key for _, use in uses[unit.stages[-1][0]]}:
+            unit.stages[-1].append(name)
+        else:
+            unit.stages.append([name])
+    return list(units.values())
+
+
+def calibrate(
+    network: nn.Module, method: PostTraining, data: Calibration
+) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
+    """Quantize a network block by block; its weights become the quantized ones.
+
+    Args:
+        network: float, on the device to work on.
+        method: solves the layers.
+        data: to calibrate on.
+
+    Returns:
+        Packed tensors by name, and a log of layers and blocks for the record.
+
+    Raises:
+        BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
+    """
+    weights = method.eligible(network)
+    method.check_shapes({name: w.shape for name, w in weights.items()})
+    network.eval()
+    packed: dict[str, Packed] = {}
+    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    units = plan(network, weights, data) if weights else []
+    for n, unit in enumerate(tqdm(units, unit="block", leave=False)):
+        state = _load(data.states, n)
+        if state is None:
+            state = quantize(network, method, unit, weights, data, n)
+            _save(data.states, n, state)
+        for name, fields in state["packed"].items():
+            packed[name] = Packed(**fields)
+            weights[name].data.copy_(packed[name].decode())
+        for name, p in state["norms"].items():
+            network.get_parameter(name).data.copy_(p)
+        log["layers"] += state["layers"]
+        log["blocks"].append(state["block"])
+    if method.reestimate_bn:
+        reestimate(network, data)
+    return {name: packed[name] for name in weights}, log
+
+
+@torch.no_grad()
+def quantize(
+    network: nn.Module, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], data: Calibration, n: int
+) -> dict[str, Any]:
+    """Quantize the n-th block in place; return its state."""
+    began = time.perf_counter()
+    block, prefix = network.get_submodule(unit.block), f"{unit.block}." if unit.block else ""
+    device = next(network.parameters()).device
+    tuned = method.J > 0 and bool(unit.block) and next(block.children(), None) is not None
+    inputs = capture(network, unit, data)
+    targets: list[Any] = []
+    layers: list[dict[str, Any]] = []
+    packed: dict[str, Packed] = {}
+
+    def forward(captured: Captured) -> Any:
+        args, kwargs = captured.on(device)
+        return block(*args, **kwargs) if unit.block else data.run(network, *args)
+
+    def solve(name: str, moments: Moments | None) -> None:
+        started, w = time.perf_counter(), weights[name]
+        packed[name], details = method.of(name).solve(w.detach(), moments)
+        quantized = packed[name].decode().to(w.device)
+        entry: dict[str, Any] = {"name": name, "block": unit.block, "shape": list(w.shape), "inputs": 0}
+        if moments is not None:
+            entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+        w.data.copy_(quantized)
+        layers.append(entry | details | {"seconds": time.perf_counter() - started})
+
+    if tuned:
+        targets = [on_cpu(forward(captured)) for captured in inputs]
+    for stage in unit.stages:
+        sums = Accumulator(stage[0])
+        for captured in inputs:
+            sums.valid = captured.valid
+            with Watch({stage[0]: weights[stage[0]]}, sums.add):
+                forward(captured)
+        moments = sums.moments()
+        for name in stage:
+            solve(name, moments)
+    for name in unit.blind:
+        solve(name, None)
+    entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
+    norms: dict[str, Tensor] = {}
+    if tuned:
+        symmetric = {name.removeprefix(prefix) for name in packed if method.of(name).symmetric_grid}
+        tuning = Tuning(block, {name.removeprefix(prefix): p for name, p in packed.items()}, symmetric)
+        with torch.enable_grad():
+            entry |= tuning.run(inputs, targets, method.J, method.block_lr, data.seed + n)
+        packed = {f"{prefix}{name}": p for name, p in tuning.packed.items()}
+        norms = {f"{prefix}{name}": block.get_parameter(name).detach() for name in tuning.norms}
+    return {
+        "packed": {name: vars(p) for name, p in packed.items()},
+        "norms": on_cpu(norms),
+        "layers": layers,
+        "block": entry | {"seconds": time.perf_counter() - began},
+    }
+
+
+class _Reached(Exception):  # noqa: N818 no error
+    """The forward has come to the block in question."""
+
+
+def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
+    """What a block is called with, on every batch, by the network so far. The forward goes no further."""
+    if not unit.block:
+        return [Captured((batch,), {}, data.valid(batch)) for batch in data.batches]
+    captured: list[Captured] = []
+
+    def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
+        captured.append(Captured(on_cpu(args), on_cpu(kwargs), data.valid(batch)))
+        if len(captured) % unit.calls == 0:
+            raise _Reached
+
+    hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
+    for batch in data.batches:
+        try:
+            data.run(network, batch)
+        except _Reached:
+            continue
+    hook.remove()
+    return captured
+
+
+@torch.no_grad()
+def reestimate(network: nn.Module, data: Calibration) -> None:
+    """Measure mean and variance of all batch norms anew, over all batches with equal weight.
+
+    Raises:
+        BitfrontError: the network has no batch norm.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        raise BitfrontError("quant.reestimate_bn: the network has no batch norm")
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
+    for batch in data.batches:
+        data.run(network, batch)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+        m.eval()
+
+
+def _save(folder: Path | None, n: int, state: dict[str, Any]) -> None:
+    if folder is not None:
+        data = io.BytesIO()
+        torch.save(state, data)
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{n:04}.pt", data.getvalue())
+
+
+def _load(folder: Path | None, n: int) -> dict[str, Any] | None:
+    if folder is None or not (path := folder / f"{n:04}.pt").is_file():
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise BitfrontError(f"'{path}' is damaged ({error}); delete it and run again") from None
