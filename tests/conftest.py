@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.quant.calibration import Calibration, PostTraining
+from src.quant.core import Method, QuantizedModel
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -80,6 +83,13 @@ def tiny(request: pytest.FixtureRequest) -> tuple[type[nn.Module], Tensor]:
     torch.manual_seed(0)
     network, x = NETWORKS[request.param]
     return network, x()
+
+
+def attach(method: Method, network: nn.Module, x: Tensor) -> QuantizedModel:
+    """Quantize; a post-training method is calibrated on ``x``."""
+    if isinstance(method, PostTraining):
+        return method.attach(network, Calibration(x.split(2), lambda net, batch: net(batch)))
+    return method.attach(network)
 
 
 torch.set_num_threads(1)  # networks this small only wait for each other's threads

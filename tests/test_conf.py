@@ -86,7 +86,7 @@ def test_bad_command_lines_are_refused_with_the_choices(words: list[str], answer
     ("words", "answer"),
     [
         (("--help",), "penalty=1.0 group_size=8"),
-        (("quant=difq",), "choices: diffq, float"),
+        (("quant=difq",), "choices: decoupleq, diffq"),
         (("quant=rtn", "penalty=5"), "has no option 'penalty'"),
         (("quant=diffq", "penalty=abc"), "penalty takes a number"),
     ],

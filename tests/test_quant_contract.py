@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TiedGPT
+from conftest import TiedGPT, attach
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(config.CONF / "quant" / f"{name}.yaml"), resolve=True)["quant"]
     method = get_class(node.pop("_target_"))()
-    useless = {"min_size", "exclude"} if isinstance(method, Float) else set()
+    useless = {"min_size", "exclude", "layers"} if isinstance(method, Float) else set()
     assert node == {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name not in useless}
 
 
@@ -46,7 +46,7 @@ def scattered(model: QuantizedModel) -> QuantizedModel:
 
 def test_evaluation_is_what_a_fresh_network_computes_from_the_file(method: Method, tiny: Tiny, tmp_path: Path) -> None:
     network, x = tiny
-    model = scattered(method.attach(network())).eval()
+    model = scattered(attach(method, network(), x)).eval()
     model.save(tmp_path / "a", {})
     fresh = network()
     Artifact.load(tmp_path / "a").load_into(fresh)
@@ -55,14 +55,14 @@ def test_evaluation_is_what_a_fresh_network_computes_from_the_file(method: Metho
 
 
 def test_saving_twice_gives_the_same_bytes(method: Method, tiny: Tiny, tmp_path: Path) -> None:
-    model = method.attach(tiny[0]()).eval()
+    model = attach(method, tiny[0](), tiny[1]).eval()
     sizes = [model.save(tmp_path / name, {"a": 1}) for name in "ab"]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sizes[0] == (tmp_path / "a").stat().st_size
 
 
 def test_size_by_the_rule_is_the_payload(method: Method, tiny: Tiny) -> None:
-    model = scattered(method.attach(tiny[0]())).eval()
+    model = scattered(attach(method, tiny[0](), tiny[1])).eval()
     artifact = model.artifact({})
     buffers = sum(b.numel() * b.itemsize for b in model.network.buffers())
     rule = model.megabytes().item() * MB
@@ -73,7 +73,7 @@ def test_size_by_the_rule_is_the_payload(method: Method, tiny: Tiny) -> None:
 
 def test_gradients_reach_weights_and_quantizers(method: Method, tiny: Tiny) -> None:
     network, x = tiny
-    model = method.attach(network()).train()
+    model = attach(method, network(), x).train()
     if not isinstance(method, Trained):
         assert not list(model.quantizers.parameters())
         return
@@ -86,7 +86,7 @@ def test_gradients_reach_weights_and_quantizers(method: Method, tiny: Tiny) -> N
 
 def test_the_float_weights_survive_every_mode(method: Method, tiny: Tiny) -> None:
     network, x = tiny
-    model = method.attach(network())
+    model = attach(method, network(), x)
     before = copy.deepcopy(dict(model.network.named_parameters()))
     for mode in (True, False, True):
         model.train(mode)(x)
@@ -95,7 +95,7 @@ def test_the_float_weights_survive_every_mode(method: Method, tiny: Tiny) -> Non
 
 def test_pickle_and_deepcopy(method: Method, tiny: Tiny) -> None:
     network, x = tiny
-    model = method.attach(network()).eval()
+    model = attach(method, network(), x).eval()
     expected = model(x)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), expected)
@@ -103,11 +103,11 @@ def test_pickle_and_deepcopy(method: Method, tiny: Tiny) -> None:
 
 def test_new_weights_are_seen_in_evaluation_mode(method: Method, tiny: Tiny) -> None:
     network, x = tiny
-    model, other = method.attach(network()).eval(), method.attach(network()).eval()
+    model, other = attach(method, network(), x).eval(), attach(method, network(), x).eval()
     model(x), other(x)
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(x), other(x))
-    third = method.attach(network()).eval()
+    third = attach(method, network(), x).eval()
     nn.ModuleDict({"inside": model}).load_state_dict({f"inside.{k}": v for k, v in third.state_dict().items()})
     assert torch.equal(model(x), third(x))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_new_weights_are_seen_in_evaluation_mode(method: Method, tiny: Tiny) -> 
 
 
 def test_tied_weights_are_drawn_stored_and_counted_once(method: Method, tmp_path: Path) -> None:
-    model = method.attach(TiedGPT())
+    model = attach(method, TiedGPT(), torch.randint(40, (4, 6)))
     seen: list[Tensor] = []
     model.network.embedding.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
     model.network.head.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
@@ -132,8 +132,8 @@ def test_tied_weights_are_drawn_stored_and_counted_once(method: Method, tmp_path
 
 def test_exclude_and_min_size(method: Method, tiny: Tiny) -> None:
     network = tiny[0]()
-    everything = set(replace(method, min_size=0.0).attach(network).names)
-    some = set(replace(method, exclude=["*bias*", "out.*"]).attach(network).names)
+    everything = set(attach(replace(method, min_size=0.0), network, tiny[1]).names)
+    some = set(attach(replace(method, exclude=["*bias*", "out.*"]), network, tiny[1]).names)
     if everything:
         assert everything == {name for name, p in network.named_parameters() if p.numel() > 0}
         assert some == {
@@ -145,8 +145,8 @@ def test_exclude_and_min_size(method: Method, tiny: Tiny) -> None:
 
 def test_bfloat16_weights(method: Method, tiny: Tiny, tmp_path: Path) -> None:
     network, x = tiny
-    model = method.attach(network().bfloat16())
     x = x.bfloat16() if x.is_floating_point() else x
+    model = attach(method, network().bfloat16(), x)
     assert model.train()(x).dtype == torch.bfloat16
     expected = model.eval()(x)
     model.save(tmp_path / "a", {})
@@ -157,7 +157,7 @@ def test_bfloat16_weights(method: Method, tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_network_with_nothing_to_quantize_is_float(method: Method, tiny: Tiny) -> None:
     network, x = tiny
-    model = replace(method, min_size=1.0).attach(network()).eval()
+    model = attach(replace(method, min_size=1.0), network(), x).eval()
     assert torch.equal(model(x), model.network(x))
     assert model.megabytes().item() == sum(p.numel() * 4 for p in model.network.parameters()) / MB
 

@@ -104,9 +104,7 @@ class Tuning:
                 optimizer.zero_grad()
                 loss = error(train[n], self._weights())
                 if not torch.isfinite(loss):
-                    raise BitfrontError(
-                        "the output of a block is not finite while tuning it; lower quant.block_lr or J"
-                    )
+                    raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
                 loss.backward()
                 optimizer.step()
             losses.append(held_out())

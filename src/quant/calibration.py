@@ -15,6 +15,7 @@ that no architecture is known by name.
 from __future__ import annotations
 
 import io
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,8 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
         return used.pop() if len(used) == 1 else ""
 
     def start(name: str) -> int:
-        return min(first.get(key, len(first)) for key in (name, owners.get(id(weights[name]), name)))
+        """When a weight is first needed. An embedding that is also the output layer: before the blocks."""
+        return min((first[key] for key in (name, owners.get(id(weights[name]))) if key in first), default=-1)
 
     units: dict[str, Unit] = {}
     for name in sorted(weights, key=start):
@@ -242,7 +244,9 @@ def calibrate(
     packed: dict[str, Packed] = {}
     log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     units = plan(network, weights, data) if weights else []
-    for n, unit in enumerate(tqdm(units, unit="block", leave=False)):
+    bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+    for n, unit in enumerate(bar):
+        bar.set_description(unit.block, refresh=False)
         state = _load(data.states, n)
         if state is None:
             state = quantize(network, method, unit, weights, data, n)

@@ -5,8 +5,8 @@ for each error. Between the smallest and the largest weight of a row or group, a
 
 Differs from the official code: one factorization; columns are worked on in blocks; a damping that is too small is
 raised until the factorization succeeds, and recorded; groups always belong to the columns as stored ("static
-groups"), also under act-order, and their grid is that of the original weights; the weights of inputs that are always zero
-are rounded to nearest.
+groups"), also under act-order, and their grid is that of the original weights; the weights of inputs that are always
+zero are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -72,19 +72,28 @@ class GPTQ(FixedBits, PostTraining):
             return round_to_nearest(w, self.bits, self.group_size, self.dtype), {}
         curvature = inputs.curvature(self.damping, self.act_order)
         size = self.group_size if self.group_size > 0 else inputs.columns
-        log: dict[str, Any] = {}
+        log = {"power": 0.0}
 
         def solve(rows: Tensor) -> Solution:
             layer = Layer(rows, curvature, self.bits, size, self.symmetric, self.dtype)
             steps = self.steps(layer)
-            power = (layer.w * (layer.H @ layer.w)).sum(dtype=torch.float64).item() or 1.0
             for name, solution in steps:
-                log[name] = log.get(name, 0.0) + solution.loss.sum().item() / power
+                log[name] = log.get(name, 0.0) + in_all(solution.loss)
+            log["power"] += in_all((layer.w * (layer.H @ layer.w)).sum(1, dtype=torch.float64))
             return steps[-1][1]
 
+        def in_all(loss: Tensor) -> float:
+            return (loss * curvature.mean[:, None]).sum().item()
+
         solution = solve_rows(w.float().reshape(inputs.batch, -1, inputs.columns), solve)
+        power = log.pop("power") or 1.0
         flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
-        about = {"steps": log, "damping": curvature.damped, "dead_inputs": curvature.dead, "flat_rows": int(flat.sum())}
+        about = {
+            "steps": {name: loss / power for name, loss in log.items()},
+            "damping": curvature.damped,
+            "dead_inputs": curvature.dead,
+            "flat_rows": int(flat.sum()),
+        }
         return packed(solution, w.shape, self.bits, self.dtype), about
 
     @property

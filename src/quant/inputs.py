@@ -54,10 +54,9 @@ class Moments:
 
     def relative_loss(self, w: Tensor, quantized: Tensor) -> float:
         """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``."""
-        power, error = (
-            ((rows.transpose(1, 2) @ rows) * self.H).sum().item()
-            for rows in (x.double().reshape(self.batch, -1, self.columns) for x in (w, quantized - w))
-        )
+        H = (self.H / (self.H.diagonal(dim1=1, dim2=2).mean() or 1.0)).float()
+        both = (x.float().reshape(self.batch, -1, self.columns) for x in (w, quantized - w))
+        power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
 
 

@@ -37,11 +37,12 @@ class Curvature:
 
     Args:
         H: ``[batch, columns, columns]``, any float type, positive semidefinite.
-        damping: added to the diagonal, relative to its mean. The damped ``H`` is what all losses are measured in.
+        damping: added to the diagonal of each entry of the batch, relative to its mean. The damped ``H`` is what all
+            losses are measured in.
         act_order: work on the columns by falling ``H[j, j]`` (GPTQ's "act-order") instead of from left to right.
 
     Attributes:
-        mean: of the diagonal of the ``H`` given; losses times this are in the layer's own unit.
+        mean: of the diagonal of the ``H`` given, ``[batch]``; losses times this are in the layer's own unit.
         dead: how many inputs are always zero; their weights do not matter and are rounded to nearest.
         damped: what had to be added in all, relative to the mean, until the factorization succeeded.
 
@@ -54,10 +55,10 @@ class Curvature:
             raise BitfrontError("the inputs of the layer are not finite")
         H64 = H.double()
         diagonal = H64.diagonal(dim1=1, dim2=2)
-        self.mean = diagonal.mean().item()
         dead = diagonal <= 0
         self.dead = int(dead.sum())
-        H64 = H64 / (self.mean or 1.0)
+        self.mean = diagonal.mean(1)
+        H64 = H64 / torch.where(self.mean > 0, self.mean, 1.0)[:, None, None]
         H64.diagonal(dim1=1, dim2=2).add_(damping + dead.double())
         self.H = H64.float()
         self.diagonal = self.H.diagonal(dim1=1, dim2=2)

@@ -1,0 +1,441 @@
+"""What the layers see, in which order they are solved, and what becomes of the network."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demucs.demucs import Demucs
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchaudio.models import Conformer
+
+from src.errors import BitfrontError
+from src.quant.calibration import Calibration, plan
+from src.quant.core import Frozen, eligible
+from src.quant.decoupleq import DecoupleQ
+from src.quant.gptq import GPTQ
+from src.quant.inputs import Accumulator, Moments, Watch
+from src.quant.rtn import RTN
+
+
+def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
+    """``H`` of a weight's inputs over some calls of the network."""
+    sums = Accumulator(name)
+    sums.valid = valid
+    with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
+        for args in calls:
+            network(*args)
+    return sums.moments()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 5), (4, 7, 6)),
+        (nn.Linear(6, 5), (4, 6)),
+        (nn.Conv1d(6, 8, 3), (4, 6, 11)),
+        (nn.Conv1d(6, 8, 5, stride=2, padding=2, dilation=2, groups=2), (4, 6, 21)),
+        (nn.Conv1d(6, 6, 5, padding="same", groups=6), (4, 6, 11)),
+        (nn.Conv1d(6, 8, 4, padding="same", dilation=2), (4, 6, 11)),
+        (nn.Conv1d(6, 8, 3, padding=2, padding_mode="circular"), (4, 6, 11)),
+        (nn.Conv2d(6, 8, 3), (4, 6, 9, 7)),
+        (nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (4, 6, 9, 7)),
+        (nn.Conv2d(6, 9, 3, padding="same", groups=3), (4, 6, 9, 7)),
+        (nn.Conv2d(6, 8, 2, padding="valid"), (4, 6, 9, 7)),
+        (nn.Conv2d(6, 12, 3, padding=1, groups=6), (4, 6, 9, 7)),
+    ],
+    ids=str,
+)
+def test_the_quadratic_form_is_the_error_of_the_output(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) is what a perturbed weight does to the output: whatever the geometry."""
+    x = torch.randn(shape)
+    w = layer.weight.detach().clone()
+    assert isinstance(w, Tensor)
+    layer.bias.data.zero_()
+    changed = w + 0.1 * torch.randn_like(w)
+    with torch.no_grad():
+        right = layer(x)
+        layer.weight.copy_(changed)
+        wrong = layer(x)
+        layer.weight.copy_(w)
+    wanted = (wrong - right).square().sum() / right.square().sum()
+    assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
+    monkeypatch.setattr("src.quant.inputs.CHUNK", 1)  # sample by sample
+    assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_shows_what_its_projections_see(name: str, batch_first: bool) -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        plain = attention(x, x, x)[0]
+        with Watch({}, lambda *_: None):
+            torch.testing.assert_close(attention(x, x, x)[0], plain, rtol=1e-5, atol=1e-6)
+    found = seen_by(attention, name, (x, x, x))
+    assert found.H.shape == (1, 8, 8) and found.count == 15
+    if name == "in_proj_weight":
+        torch.testing.assert_close(
+            found.H[0], x.view(-1, 8).T.double() @ x.view(-1, 8).double() / 15, rtol=1e-5, atol=1e-6
+        )
+        return
+    w = attention.out_proj.weight.detach().clone()
+    attention.out_proj.bias.data.zero_()
+    changed = w + 0.1 * torch.randn_like(w)
+    with torch.no_grad():
+        right = attention(x, x, x)[0]
+        attention.out_proj.weight.copy_(changed)
+        wrong = attention(x, x, x)[0]
+    wanted = (wrong - right).square().sum() / right.square().sum()
+    assert found.relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_cross_attention_has_an_input_for_each_part_of_its_projection() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x, memory = torch.randn(3, 5, 8), torch.randn(3, 9, 8)
+    found = seen_by(attention, "in_proj_weight", (x, memory, memory))
+    for got, wanted in zip(found.H, (x, memory, memory), strict=True):
+        rows = wanted.reshape(-1, 8).double()
+        torch.testing.assert_close(got, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 5), nn.Conv1d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)], ids=str
+)
+def test_padding_is_left_out(layer: nn.Module) -> None:
+    lengths = [4, 7, 2]
+    full = torch.zeros(3, 6, 3, 7) if isinstance(layer, nn.Conv2d) else torch.zeros(3, 6, 7)
+    samples = [torch.randn(1, *full.shape[1:-1], n) for n in lengths]
+    for x, sample in zip(full, samples, strict=True):
+        x[..., : sample.shape[-1]] = sample[0]
+    valid = torch.tensor(lengths) / 7
+    if isinstance(layer, nn.Linear):
+        full, samples = full.transpose(1, 2) + 0, [s.transpose(1, 2) for s in samples]
+        full[0, 4:] = 1e3  # what lies in the padding does not matter
+    wanted = seen_by(layer, "weight", *[(s,) for s in samples])
+    found = seen_by(layer, "weight", (full,), valid=valid)
+    torch.testing.assert_close(found.H, wanted.H, rtol=1e-5, atol=1e-5)
+    assert found.count == wanted.count
+    if isinstance(layer, nn.Linear):  # time first, as in some encoders
+        torch.testing.assert_close(
+            seen_by(layer, "weight", (full.transpose(0, 1),), valid=valid).H, wanted.H, rtol=1e-5, atol=1e-5
+        )
+        with pytest.raises(BitfrontError, match="cannot tell padding"):
+            seen_by(layer, "weight", (torch.randn(5, 4, 6),), valid=valid)
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    x = torch.randn(4, 6)
+    x[2, 3] = torch.nan
+    with pytest.raises(BitfrontError, match=r"calibration inputs of 'weight' hold NaN"):
+        seen_by(nn.Linear(6, 5), "weight", (x,))
+
+
+class Decoder(nn.Module):
+    """A language model from stock layers, with a tied output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.encoder(self.embedding(x), mask, is_causal=True))
+
+
+class Speech(nn.Module):
+    """A Conformer between two projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 16)
+        self.conformer = Conformer(16, 2, 32, 2, 5)
+        self.last = nn.Linear(16, 12)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.last(self.conformer(self.first(x), lengths)[0])
+
+
+def vit() -> nn.Module:
+    return VisionTransformer(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+
+
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "vit": (vit, lambda: (torch.randn(4, 1, 8, 8),)),
+    "resnet": (lambda: ResNet(BasicBlock, (1, 2, 1, 1), 5, channels=(8, 8, 16, 16)),
+               lambda: (torch.randn(2, 3, 32, 32),)),
+    "lm": (Decoder, lambda: (torch.randint(30, (4, 6)),)),
+    "conformer": (Speech, lambda: (torch.randn(4, 9, 10), torch.tensor([9, 4, 7, 9]))),
+    "unet": (lambda: Demucs(["a", "b"], audio_channels=1, channels=4, depth=3),
+             lambda: (torch.randn(2, 1, 4096),)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def real(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Calibration]:
+    """A real architecture, small, with data."""
+    network, arguments = ARCHITECTURES[request.param]
+    torch.manual_seed(0)
+    made = network().eval()
+    return request.param, made, Calibration([arguments() for _ in range(3)], lambda net, batch: net(*batch))
+
+
+def test_every_layer_is_found_without_knowing_the_architecture(real: tuple[str, nn.Module, Calibration]) -> None:
+    name, network, data = real
+    weights = eligible(network, 0.0)
+    weights = {n: w for n, w in weights.items() if w.dim() > 1}
+    units = plan(network, weights, data)
+    staged = [w for unit in units for stage in unit.stages for w in stage]
+    blind = {w for unit in units for w in unit.blind}
+    assert sorted([*staged, *blind]) == sorted(weights)
+    unseen = {
+        f"{n}.{p}"
+        for n, m in network.named_modules()
+        if isinstance(m, (nn.Embedding, nn.LSTM, nn.ConvTranspose1d, nn.ConvTranspose2d))
+        for p, _ in m.named_parameters(recurse=False)
+    }
+    assert blind - {"pos_embed", "cls_token"} <= unseen
+    order = [unit.block for unit in units]
+    assert len(set(filter(None, order))) == len([b for b in order if b])
+    expected = {
+        "vit": ["blocks.0", "blocks.1", "head"],
+        "resnet": ["conv1", "layer1", "layer2.0", "layer2.1", "layer3", "layer4", "fc"],
+        "lm": ["head", "encoder.layers.0", "encoder.layers.1"],
+        "conformer": ["first", "conformer.conformer_layers.0", "conformer.conformer_layers.1", "last"],
+    }.get(name)
+    if expected:
+        assert order[-len(expected) :] == expected
+    stages = {unit.block: unit.stages for unit in units}
+    if name == "vit":
+        own = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+        assert stages["blocks.1"] == [[f"blocks.1.{layer}.weight"] for layer in own]
+
+
+def test_layers_that_share_an_input_share_its_moments() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.tanh(self.q(x) + self.k(x)) + self.v(x))
+
+    network = nn.Sequential(Three())
+    (unit,) = plan(network, eligible(network, 0.0, ["*bias"]), Calibration([torch.randn(2, 8)], lambda n, b: n(b)))
+    assert unit.stages == [["0.q.weight", "0.k.weight", "0.v.weight"], ["0.o.weight"]]
+
+
+@pytest.mark.parametrize(
+    "method", [RTN(bits=8), GPTQ(bits=8), DecoupleQ(bits=8, J=1), DecoupleQ(bits=2, J=2)], ids=repr
+)
+def test_real_architectures_are_quantized(real: tuple[str, nn.Module, Calibration], method: Any) -> None:
+    _, network, data = real
+    batch = data.batches[0]
+    with torch.no_grad():
+        wanted = data.run(network, batch)
+    model = replace(method, min_size=0.0005).attach(network, data).eval()
+    assert model.names
+    with torch.no_grad():
+        error = (model(*batch) - wanted).square().mean() / wanted.square().mean()
+    assert error < (1e-2 if method.bits == 8 else 10)
+    assert {layer["name"] for layer in model.log["layers"]} == set(model.names)
+    for layer in model.log["layers"]:
+        assert ("loss" in layer) == (layer["inputs"] > 0)
+    for block in model.log["blocks"]:
+        if "held_out" in block:
+            assert min(block["held_out"]) == block["held_out"][block["best_epoch"]]
+
+
+def small() -> tuple[nn.Module, Calibration]:
+    """A network of three blocks with data that it is not indifferent to."""
+    torch.manual_seed(0)
+    layer = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3)]
+    network = nn.Sequential(nn.ModuleDict({"in": nn.Linear(16, 16)})["in"], nn.Sequential(*layer)).eval()
+    mix = torch.randn(16, 16)
+    return network, Calibration([torch.randn(16, 16) @ mix for _ in range(9)], lambda net, batch: net(batch))
+
+
+def output(network: nn.Module, data: Calibration) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([network(batch) for batch in data.batches])
+
+
+def test_the_block_wise_stage_brings_the_output_closer() -> None:
+    errors = {}
+    for epochs in (0, 20):
+        network, data = small()
+        wanted = output(network, data)
+        model = DecoupleQ(bits=2, J=epochs, block_lr=0.01, min_size=0.0).attach(network, data).eval()
+        errors[epochs] = (output(model, data) - wanted).square().mean().item()
+        held_out = [block["held_out"] for block in model.log["blocks"] if "held_out" in block]
+        assert len(held_out) == (3 if epochs else 0)
+        assert all(min(losses) < 0.9 * losses[0] and len(losses) == 21 for losses in held_out)
+    assert errors[20] < 0.8 * errors[0]
+
+
+def test_codes_stay_and_norms_learn_in_the_block_wise_stage_also_in_bfloat16() -> None:
+    """The official code trains norms in half precision, where steps this small are lost."""
+    network, data = small()
+    network.bfloat16()
+    data.batches = [batch.bfloat16() for batch in data.batches]
+    untuned = DecoupleQ(bits=2, min_size=0.0005, J=0).attach(copy.deepcopy(network), data)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    tuned = DecoupleQ(bits=2, min_size=0.0005, J=30, block_lr=1e-3).attach(network, data)
+    first = "1.0.1.weight"
+    assert torch.equal(tuned.encode()[first].codes, untuned.encode()[first].codes)
+    assert not torch.equal(tuned.encode()[first].span, untuned.encode()[first].span)
+    norm = network.get_parameter("1.0.0.weight")
+    assert norm.dtype == torch.bfloat16 and not torch.equal(norm, before["1.0.0.weight"])
+    assert torch.equal(network.get_parameter("1.0.1.bias"), before["1.0.1.bias"])
+
+
+def test_tuning_is_never_worse_on_what_is_held_out_and_refuses_what_is_not_finite() -> None:
+    network, data = small()
+    model = DecoupleQ(bits=4, J=3, block_lr=0.5, min_size=0.0005).attach(network, data)  # far too fast
+    for block in model.log["blocks"]:
+        if "held_out" in block:
+            assert block["best_epoch"] == 0 and max(block["held_out"]) > block["held_out"][0]
+    network, data = small()
+    with pytest.raises(BitfrontError, match=r"block's output is not finite.*lower quant\.block_lr"):
+        DecoupleQ(bits=4, J=20, block_lr=1e30, min_size=0.0005).attach(network, data)
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
+    method = DecoupleQ(bits=2, J=2, min_size=0.0005)
+    network, data = small()
+    whole = method.attach(network, replace(data, states=tmp_path / "whole"))
+    assert len(list((tmp_path / "whole").glob("*.pt"))) == 4
+    network, data = small()
+    calls = 0
+
+    def failing(net: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return net(batch)
+
+    states = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        method.attach(network, replace(data, states=states, run=failing))
+    done = len(list(states.glob("*.pt")))
+    assert 0 < done < 4
+    network, data = small()
+    resumed = method.attach(network, replace(data, states=states))
+    whole.save(tmp_path / "a", {})
+    resumed.save(tmp_path / "b", {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert [layer["name"] for layer in resumed.log["layers"]] == [layer["name"] for layer in whole.log["layers"]]
+    (states / "0001.pt").write_bytes(b"cut off")
+    with pytest.raises(BitfrontError, match=r"0001.pt' is damaged"):
+        method.attach(small()[0], replace(data, states=states))
+
+
+def test_batch_norms_can_be_measured_anew() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 3), nn.BatchNorm2d(4))
+    network.train()(torch.randn(64, 3, 8, 8))
+    network.eval()
+    data = Calibration([torch.randn(8, 3, 8, 8) for _ in range(4)], lambda net, batch: net(batch))
+    model = RTN(bits=2, min_size=0.001, reestimate_bn=True).attach(network, data).eval()
+    hidden = torch.stack([network[0](batch).mean((0, 2, 3)) for batch in data.batches]).mean(0)
+    torch.testing.assert_close(network[1].running_mean, hidden, rtol=1e-4, atol=1e-5)  # with the quantized weights
+    assert not network[1].training and network[1].momentum == 0.1
+    assert torch.isfinite(output(model, data)).all()
+    network, data = small()
+    with pytest.raises(BitfrontError, match="no batch norm"):
+        RTN(min_size=0.001, reestimate_bn=True).attach(network, data)
+
+
+def test_layers_can_have_settings_of_their_own() -> None:
+    network, data = small()
+    layers = {"1.*": {"bits": 3}, "1.2.*": {"bits": 8, "group_size": 4}}
+    packed = GPTQ(bits=2, min_size=0.0005, layers=layers).attach(network, data).encode()
+    assert {name: int(p.bits[0]) for name, p in packed.items()} == {
+        "0.weight": 2, "1.0.1.weight": 3, "1.0.3.weight": 3, "1.1.1.weight": 3, "1.1.3.weight": 3, "1.2.1.weight": 8,
+        "1.2.3.weight": 8,
+    }  # fmt: skip
+    assert packed["1.2.1.weight"].codes.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": {"nothing.*": {"bits": 8}}}, r"no quantized tensor matches 'nothing\.\*'; there are 0\.weight"),
+        ({"layers": {"1.*": {"J": 8}}}, "layers sets bits, group_size, .* not 'J'"),
+        ({"layers": {"1.*": {"bits": 80}}}, "bits is 1..15, got 80"),
+        ({"group_size": 5}, r"does not divide the rows of '0\.weight' \(16\).*quant\.layers="),
+        ({"group_size": 32}, r"'0\.weight' \(16\)"),
+    ],
+)
+def test_settings_that_do_not_fit_the_network_are_refused_before_any_work(
+    options: dict[str, Any], message: str
+) -> None:
+    network, data = small()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(BitfrontError, match=message):
+        GPTQ(min_size=0.0005, **options).attach(network, data)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_a_damaged_network_or_sample_is_refused() -> None:
+    network, data = small()
+    data.batches[4][3, 2] = torch.inf
+    with pytest.raises(BitfrontError, match=r"inputs of '0\.weight' hold NaN or infinity"):
+        GPTQ(min_size=0.0005).attach(network, data)
+    with pytest.raises(BitfrontError, match="needs calibration data"):
+        GPTQ().attach(network)
+
+
+def test_fine_tuning_trains_values_and_norms_alone() -> None:
+    network, data = small()
+    model = DecoupleQ(bits=2, J=0, sft=True, min_size=0.0005).attach(network, data)
+    assert {name for name, p in model.network.named_parameters() if p.requires_grad} == {
+        f"1.{n}.0.{kind}" for n in range(3) for kind in ("weight", "bias")
+    }
+    before = model.eval().encode()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = data.batches[0], torch.randn(16, 16)
+    losses = []
+    for _ in range(50):
+        loss = (model.train()(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = model.eval().encode()
+    assert all(torch.equal(after[name].codes, p.codes) for name, p in before.items())
+    assert all(not torch.equal(after[name].lo, p.lo) for name, p in before.items())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainable_values_start_where_they_were_solved(symmetric: bool, dtype: torch.dtype) -> None:
+    w = torch.randn(6, 8)
+    w[2] = 0.5  # a row of one value has a span of 0
+    method = GPTQ(bits=3, symmetric=symmetric, scale_dtype=str(dtype).removeprefix("torch."))
+    packed, _ = method.solve(w, Moments(torch.eye(8).double()[None], 10))
+    frozen = Frozen(packed, True, symmetric)
+    torch.testing.assert_close(
+        frozen.values(), packed.decode(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    frozen.values().square().sum().backward()
+    assert frozen.gain is not None and frozen.shift is not None
+    assert frozen.gain.grad is not None and (frozen.shift.grad is None) == symmetric
+    if symmetric:  # 0 stays a value, whatever the gain
+        frozen.gain.data.mul_(1.3)
+        grid = frozen.packed
+        torch.testing.assert_close(grid.lo.float() + 4 * grid.span.float() / 7, torch.zeros(6), rtol=0, atol=0.02)
