@@ -35,7 +35,6 @@ TYPES = {
     float: "a number",
     str: "a word",
     list: "a list, [a,b]",
-    dict: "a mapping, {a:{b:1}}",
 }
 
 
@@ -187,6 +186,10 @@ def _check_key(config: DictConfig, override: Override, method: str, overrides: l
 
 
 def _check_type(key: str, default: Any, value: Any) -> None:
+    if key == "quant.layers":
+        if not (value is None or (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()))):
+            raise BitfrontError(f"{key} takes a mapping like {{head.*: {{bits: 8}}}}, got '{value}'")
+        return
     if default is None:
         if value is not None and not isinstance(value, (str, QuotedString)):
             raise BitfrontError(f"{key} takes a word or null, got '{value}'")
@@ -197,11 +200,11 @@ def _check_type(key: str, default: Any, value: Any) -> None:
         int: number and isinstance(value, int),
         float: number and math.isfinite(value),
         list: isinstance(value, list),
-        dict: default == {} and isinstance(value, dict),
+        dict: False,
         str: isinstance(value, (str, QuotedString)),
     }[type(default)]
     if not fits:
-        wanted = "no value; set one of its keys" if isinstance(default, dict) and default else TYPES[type(default)]
+        wanted = TYPES.get(type(default), "no value; set one of its keys")
         raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
     if key in CHOICES and str(value) not in CHOICES[key]:
         raise BitfrontError(f"there is no {key}={value}; choices: {', '.join(CHOICES[key])}")

@@ -166,7 +166,7 @@ def _git(*arguments: str) -> str | None:
 def _canonical(value: Any) -> Any:
     """Without empty values, and with 5 and 5.0 the same."""
     if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items() if item not in (None, {})}
+        return {key: _canonical(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -104,6 +104,58 @@ def test_killed_and_rerun_ends_like_an_uninterrupted_run(root: Path, tmp_path: P
     assert again["metrics"] == straight["metrics"] and again["history"] == straight["history"]
 
 
+KILLED_CALIBRATING = """
+import os, signal, sys
+from src import run
+from src.quant import calibration
+real = calibration.quantize
+def quantize(*arguments):
+    if arguments[-1] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+calibration.quantize = quantize
+run.run_cell(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("words", [["J=2"], ["quant.sft=true", "train.epochs=2"]], ids=["calibrating", "fine-tuning"])
+def test_killed_after_some_blocks_and_rerun_ends_like_an_uninterrupted_run(
+    root: Path, tmp_path: Path, words: list[str]
+) -> None:
+    words = [*SMOKE, "quant=decoupleq", *words, "wandb=disabled"]
+    shutil.copytree(root / "vit" / "float", tmp_path / "a" / "vit" / "float")
+    shutil.copytree(root / "vit" / "float", tmp_path / "b" / "vit" / "float")
+    code = KILLED if "quant.sft=true" in words else KILLED_CALIBRATING
+    killed = subprocess.run(
+        [sys.executable, "-c", code, *words, f"root={tmp_path / 'a'}"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    path = only(tmp_path / "a", "decoupleq")
+    assert (path / "blocks" / "0000.pt").is_file() and not (path / "record.json").exists()
+    resumed, straight = (command("src.run", *words, f"root={tmp_path / name}") for name in "ab")
+    assert resumed.returncode == straight.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    again, once = (read(only(tmp_path / name, "decoupleq") / "record.json") for name in "ab")
+    assert again and once
+    assert again["artifact_sha256"] == once["artifact_sha256"] and again["metrics"] == once["metrics"]
+    names = [[layer["name"] for layer in record["calibration"]["layers"]] for record in (again, once)]
+    assert names[0] == names[1] and set(names[0]) == set(once["widths"])
+    assert len(once["history"]) == (2 if "quant.sft=true" in words else 0)
+    assert not (path / "blocks").exists() and not (path / "last.ckpt").exists()
+
+
+def test_layers_with_settings_of_their_own_from_the_command_line(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
+    result = command(
+        "src.run", *SMOKE, "quant=gptq", "quant.layers={blocks.0.*: {bits: 8}}", f"root={tmp_path}", "wandb=disabled"
+    )
+    assert result.returncode == 0, result.stderr
+    widths = read(only(tmp_path, "gptq") / "record.json")["widths"]  # type: ignore[index]
+    assert {name: len(counts) - 1 for name, counts in widths.items()} == {
+        name: 8 if name.startswith("blocks.0.") else 4 for name in widths
+    }
+
+
 def test_start_from_an_artifact_given_by_path(root: Path, tmp_path: Path) -> None:
     start = only(root, "float") / "model.safetensors"
     result = command("src.run", *SMOKE, "quant=rtn", f"init_from={start}", f"root={tmp_path}")
@@ -118,7 +170,7 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
     assert result.returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"vit-smoke.{kind}" for kind in ("csv", "md", "png", "svg")}
-    for method in ("float", "rtn", "ste", "lsq", "diffq"):
+    for method in ("float", "rtn", "gptq", "decoupleq", "ste", "lsq", "diffq"):
         assert method in result.stdout and method in (tmp_path / "vit-smoke.md").read_text()
 
 
@@ -129,6 +181,10 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
         (("quant=rtn", "init_from=/nowhere/x"), "no such file"),
         (("quant=float", "init_from=float"), "cannot start from itself"),
         (("quant=rtn", "bits=16", "init_from=null"), "1..15, got 16"),
+        (("quant=gptq", "train.epochs=3"), "quant=gptq does not train, so train.epochs means nothing"),
+        (("quant=gptq", "quant.layers={head*: {bits: 8}}"), "no quantized tensor matches 'head*'"),
+        (("quant=gptq", "quant.layers=3"), "quant.layers takes a mapping"),
+        (("quant=gptq", "group_size=5"), "group_size does not divide the rows of 'blocks.0.attn.qkv.weight'"),
         (("trainer.devices=0",), "trainer.devices is positive"),
         (("task=vit_cifar10", "smoke=false", "data_root=/nowhere"), "no images in '/nowhere/cifar10"),
         (("root=/proc/nowhere",), "choose another root"),

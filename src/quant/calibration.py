@@ -240,6 +240,7 @@ def calibrate(
     """
     weights = method.eligible(network)
     method.check_shapes({name: w.shape for name, w in weights.items()})
+    training = network.training
     network.eval()
     packed: dict[str, Packed] = {}
     log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
@@ -260,6 +261,7 @@ def calibrate(
         log["blocks"].append(state["block"])
     if method.reestimate_bn:
         reestimate(network, data)
+    network.train(training)
     return {name: packed[name] for name in weights}, log
 
 

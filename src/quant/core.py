@@ -249,7 +249,7 @@ class Method:
 
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] | None = None
     penalty: float = field(default=0.0, init=False)
     trains: ClassVar[bool] = True
     after_training: ClassVar[bool] = False
@@ -258,16 +258,16 @@ class Method:
     def __post_init__(self) -> None:
         check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
         check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
-        for pattern, settings in self.layers.items():
+        for pattern, settings in (self.layers or {}).items():
             for key in settings:
                 known = ", ".join(self.per_layer) or "nothing"
                 check(key in self.per_layer, f"layers sets {known} for this method, not '{key}' ('{pattern}')")
-            replace(self, layers={}, **settings)  # refuses what is out of range
+            replace(self, layers=None, **settings)  # refuses what is out of range
 
     def of(self, name: str) -> Self:
         """This method with the settings that ``layers`` gives for a tensor."""
-        settings = [s for pattern, s in self.layers.items() if fnmatchcase(name, pattern)]
-        return replace(self, layers={}, **settings[-1]) if settings else self
+        settings = [s for pattern, s in (self.layers or {}).items() if fnmatchcase(name, pattern)]
+        return replace(self, layers=None, **settings[-1]) if settings else self
 
     def attach(self, network: nn.Module) -> QuantizedModel:
         """Wrap a network whose weights are the starting point."""
@@ -284,7 +284,7 @@ class Method:
             BitfrontError: a pattern of ``layers`` matches none of them.
         """
         weights = eligible(network, self.min_size, self.exclude)
-        for pattern in self.layers:
+        for pattern in self.layers or ():
             check(
                 any(fnmatchcase(name, pattern) for name in weights),
                 f"layers: no quantized tensor matches '{pattern}'; there are {', '.join(weights)}",

@@ -29,7 +29,7 @@ from src.quant.gptq import GPTQ
 from src.quant.solver import Grid, Layer, Solution
 
 CENTRE = 0.015  # strength of the pull to the centre of the box, and damping of the feedback, for one level
-RELAXED = 10  # steps of ``relax``
+RELAXED = 8  # steps of ``relax``
 POLISH = 2  # of coordinate descent and least squares at the end
 
 
@@ -39,7 +39,7 @@ class DecoupleQ(GPTQ):
 
     Attributes:
         level: 0, our procedure; 1 or 2, the paper's first- or second-level approximation.
-        N: rounds; at level 1 and 2 GPTQ counts as the first.
+        N: rounds, the start by GPTQ being the first.
         M: at level 1, gradient steps before rounding.
         K: at level 1, gradient steps after each column.
     """
@@ -75,7 +75,7 @@ class DecoupleQ(GPTQ):
             return
         ridge = CENTRE / layer.levels**2
         grid = layer.shrunk()
-        for _ in range(self.N):
+        for _ in range(self.N - 1):
             codes = layer.feed_back(layer.relax(grid, ridge, RELAXED), grid, ridge)
             codes = layer.descend(codes, grid)
             grid = layer.fit(codes, grid)

@@ -242,11 +242,11 @@ class Layer:
         fixed = inverse @ (self.H @ self.w).add_(lo + hi, alpha=ridge / 2)
         step = inverse * pull[:, None, :]
         inside = self.w.clamp(lo, hi)
-        debt = torch.zeros_like(inside)
+        debt, x, room = torch.zeros_like(inside), torch.empty_like(inside), torch.empty_like(inside)
         for _ in range(steps):
-            x = torch.baddbmm(fixed, step, inside - debt)
-            debt.add_(torch.lerp(inside, x, OVERSHOOT))
-            inside = debt.clamp(lo, hi)
+            torch.baddbmm(fixed, step, torch.sub(inside, debt, out=room), out=x)
+            debt.add_(torch.lerp(inside, x, OVERSHOOT, out=x))
+            torch.clamp(debt, lo, hi, out=inside)
             debt.sub_(inside)
         return inside
 
