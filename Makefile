@@ -14,6 +14,7 @@ setup: .venv/installed  ## Install the pinned packages into .venv
 demo: .venv/installed  ## Train and compress a vision transformer on bundled data, print its table (3 minutes)
 	$(RUN) task=vit quant=float
 	$(RUN) task=vit quant=diffq penalty=5
+	$(RUN) task=vit quant=decoupleq bits=2
 	$(PY) -m src.report runs task=vit
 
 test: .venv/installed  ## Lint and run the test suite (under 10 minutes on 2 cores)
@@ -33,7 +34,8 @@ lint: .venv/installed  ## Check style and types
 test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes
 	$(PY) -m pytest -m slow
 
-bench: .venv/installed  ## Compare with the official DiffQ package (installs it; needs a C compiler)
+bench: .venv/installed  ## Compare with the official packages (installs diffq, which needs a C compiler)
+	$(PY) -m benchmarks.solver
 	$(PY) -m uv pip install -q --no-deps diffq==0.2.4
 	$(PY) -m benchmarks.diffq
 

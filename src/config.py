@@ -97,6 +97,23 @@ def check(words: Sequence[str]) -> None:
                 _check_key(config, override, method, overrides)
 
 
+def swept(words: Sequence[str]) -> list[str]:
+    """A sweep's words for Hydra, which composes the defaults with every word that has one value before it looks at the
+    sweep, and so refuses ``bits=2`` beside ``quant=rtn,gptq``: the method's options become choices of one.
+    """
+    parser = OverridesParser.create()
+
+    def own(word: str) -> bool:
+        if word.startswith("-") or "=" not in word:
+            return False
+        override = parser.parse_override(word)
+        key = override.key_or_group
+        fixed = key in GROUPS or key.partition(".")[0] in ("hydra", *_shared())
+        return not fixed and not override.is_sweep_override()
+
+    return ["{0}=choice({2})".format(*word.partition("=")) if own(word) else word for word in words]
+
+
 def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Options of a small command: ``key=value`` words over defaults of the same type.
 

@@ -38,8 +38,9 @@ def main() -> None:
         config.check(words)
     except BitfrontError as error:
         sys.exit(f"error: {error}")
-    # Hydra wants its flags before the options.
-    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    rest = [word for word in words if word not in flags]
+    sys.argv[1:] = [*flags, *(config.swept(rest) if flags else rest)]  # Hydra wants its flags before the options
     job()
 
 

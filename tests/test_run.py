@@ -210,6 +210,19 @@ def test_a_failed_cell_is_recorded_does_not_stop_the_sweep_and_is_tried_again(tm
     assert "lower train.lr" in command("src.run", *SMOKE, "train.lr=1e30", f"root={tmp_path}").stderr
 
 
+def test_a_sweep_over_methods_can_fix_options_that_only_they_have(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
+    words = ("quant=rtn,gptq", "bits=3", "quant.samples=64", "quant.layers={head*: {bits: 2}}", "quant.min_size=0.0")
+    result = command("src.run", "-m", *SMOKE, *words, f"root={tmp_path}", "wandb=disabled")
+    assert result.returncode == 0, result.stderr
+    records = [r for r in read_all(tmp_path) if r["method"] != "float"]
+    assert sorted(r["method"] for r in records) == ["gptq", "rtn"]
+    for r in records:
+        assert (
+            r["config"]["bits"] == 3 and r["config"]["quant"]["samples"] == 64 and len(r["widths"]["head.weight"]) == 3
+        )
+
+
 def test_a_cell_that_is_running_elsewhere_is_left_alone(root: Path, tmp_path: Path) -> None:
     import fcntl
 
