@@ -84,7 +84,8 @@ def execute(
         run.clean()
     _barrier()
     finished = run.finished()
-    assert finished is not None
+    if finished is None:
+        raise BitfrontError("only process 0 writes results; run this cell in one process")
     return finished
 
 
@@ -169,6 +170,8 @@ def _attached(
 ) -> QuantizedModel:
     if method.after_training and not start:
         raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
+    if method.after_training and device.type == "mps":
+        raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
     pl.seed_everything(task.seed, verbose=False)
     network = task.model()
     if start:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.errors import ArtifactError
+from src.errors import ArtifactError, BitfrontError
 
 MAX_BITS = 15  # codes fit int16
 _CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
@@ -226,6 +226,17 @@ class Packed:
         codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
         return cls(codes_tensor, bits_tensor, lo, span, shape)
+
+
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of a grid in the type that they are stored in.
+
+    Raises:
+        BitfrontError: they are too large for it.
+    """
+    if not torch.isfinite(stored := x.to(dtype)).all():
+        raise BitfrontError(f"weights are too large for scales in {dtype}; choose another quant.scale_dtype")
+    return stored
 
 
 def middle_code(bits: int) -> float:

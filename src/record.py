@@ -36,6 +36,8 @@ def identity(config: dict[str, Any], init_sha256: str | None) -> str:
     tracking do not count, nor does the recipe of a cell that does not train.
     """
     kept = {key: config[key] for key in ("task", "quant", "seed", "smoke", *(["train"] if trains(config) else []))}
+    if config["quant"].get("layers"):  # where patterns overlap, their order counts
+        kept["quant"] = kept["quant"] | {"layers": list(config["quant"]["layers"].items())}
     kept |= {"precision": config["trainer"]["precision"], "init": init_sha256}
     return hashlib.sha1(json.dumps(_canonical(kept), sort_keys=True).encode()).hexdigest()[:10]
 
@@ -167,6 +169,6 @@ def _canonical(value: Any) -> Any:
     """Without empty values, and with 5 and 5.0 the same."""
     if isinstance(value, dict):
         return {key: _canonical(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_canonical(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -85,7 +85,7 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
         if not nested:
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
         return finished
-    if "sft" in cell["quant"] and "RANK" in os.environ:
+    if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
         raise BitfrontError("calibration is for one process; run this cell without torchrun")
     if rank() > 0:
         return _execute(cell, overrides, start, run, group)

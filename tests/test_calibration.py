@@ -281,7 +281,7 @@ def test_the_block_wise_stage_brings_the_output_closer() -> None:
         errors[epochs] = (output(model, data) - wanted).square().mean().item()
         held_out = [block["held_out"] for block in model.log["blocks"] if "held_out" in block]
         assert len(held_out) == (3 if epochs else 0)
-        assert all(min(losses) < 0.9 * losses[0] and len(losses) == 21 for losses in held_out)
+        assert all(min(losses) < 0.9 * losses[0] and len(losses) <= 21 for losses in held_out)
     assert errors[20] < 0.8 * errors[0]
 
 

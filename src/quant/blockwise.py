@@ -8,9 +8,10 @@ counts, with the untuned block among the candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,14 @@ from src.packed import Packed
 from src.quant.core import Frozen
 from src.quant.inputs import inside
 
-HELD_OUT = 8  # one batch of so many
+
+class Recipe(Protocol):
+    """Of the tuning: attributes of ``PostTraining``."""
+
+    J: int
+    held_out: float
+    patience: int
+    block_lr: float
 
 
 @dataclass
@@ -52,26 +60,24 @@ class Tuning:
     Args:
         block: float network part, in evaluation mode, on the device to work on. Its norms are overwritten.
         packed: its quantized weights by their name in the block.
-        symmetric: of them, those whose grid keeps 0.
+        symmetric: of them, those whose values are tied to 0.
+        time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
     """
 
-    def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str]) -> None:
-        self.block, self.packed = block, packed
+    def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str], time_last: bool) -> None:
+        self.block, self.packed, self.time_last = block, packed, time_last
         self.device = next(block.parameters()).device
         self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
         own = dict(norm_parameters(block))
         self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
 
-    def run(
-        self, inputs: Sequence[Captured], targets: Sequence[Any], epochs: int, lr: float, seed: int
-    ) -> dict[str, Any]:
+    def run(self, inputs: Sequence[Captured], targets: Sequence[Any], method: Recipe, seed: int) -> dict[str, Any]:
         """Tune.
 
         Args:
             inputs: of the block.
             targets: what the float block made of each.
-            epochs: over the inputs, less those held out.
-            lr: of Adam, relative to the distance of two values, and to 1 for norms.
+            method: how long, how fast, and when to stop.
             seed: of the order.
 
         Returns:
@@ -80,17 +86,20 @@ class Tuning:
         Raises:
             BitfrontError: the error is not finite.
         """
-        held = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
+        held = min(math.ceil(method.held_out * len(inputs)), len(inputs) - 1)
         train, test = list(range(len(inputs) - held)), list(range(len(inputs) - held, len(inputs))) or [0]
-        power = {
-            n: sum(t.float().square().mean().item() for t in _floats(targets[n])) or 1.0 for n in range(len(inputs))
-        }
+        powers = [
+            [self._mean(t.float().square(), captured.valid).item() for t in _floats(target)]
+            for captured, target in zip(inputs, targets, strict=True)
+        ]
+        scales = [len(powers) / (sum(power) or len(powers)) for power in zip(*powers, strict=True)]
         learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=lr)
+        # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
+        optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
 
         def error(n: int, weights: dict[str, Tensor]) -> Tensor:
-            return self._error(inputs[n], targets[n], weights) / power[n]
+            return self._error(inputs[n], targets[n], weights, scales)
 
         @torch.no_grad()
         def held_out() -> float:
@@ -99,7 +108,9 @@ class Tuning:
 
         losses, best = [held_out()], 0
         kept = self.packed, self._norms()
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, method.J + 1):
+            if epoch - best > method.patience:
+                break
             for n in torch.randperm(len(train), generator=generator).tolist():
                 optimizer.zero_grad()
                 loss = error(train[n], self._weights())
@@ -115,17 +126,28 @@ class Tuning:
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
 
-    def _error(self, captured: Captured, target: Any, weights: dict[str, Tensor]) -> Tensor:
+    def _error(self, captured: Captured, target: Any, weights: dict[str, Tensor], scales: list[float]) -> Tensor:
+        """Squared error of the outputs, each relative to its power."""
         args, kwargs = captured.on(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        recurrent = any(isinstance(m, nn.RNNBase) for m in self.block.modules())
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            # cuDNN has no gradient of recurrent layers in evaluation mode
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
+        ):
             output = functional_call(self.block, weights, args, kwargs)
         total = torch.zeros((), device=self.device)
-        for got, wanted in zip(_floats(output), _floats(target), strict=True):
+        for got, wanted, scale in zip(_floats(output), _floats(target), scales, strict=True):
             difference = (got.float() - wanted.to(self.device).float()).square()
-            if captured.valid is not None and difference.dim() > 2:
-                difference = difference[inside(difference, captured.valid)]
-            total = total + difference.mean()
+            total = total + scale * self._mean(difference, captured.valid)
         return total
+
+    def _mean(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Without padding."""
+        if valid is None or x.dim() < 3:
+            return x.mean()
+        x = x.movedim(-1, 1) if self.time_last else x
+        return x[inside(x, valid)].mean()
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""

@@ -18,6 +18,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from src.artifact import write_atomically
 from src.errors import BitfrontError
 from src.packed import Packed
 from src.quant.blockwise import Captured, Tuning, norm_parameters, on_cpu
-from src.quant.core import Frozen, Method, QuantizedModel, Quantizer, check
+from src.quant.core import Frozen, Method, QuantizedModel, Quantizer, check, check_finite, check_quantizable
 from src.quant.inputs import Accumulator, Moments, Use, Watch
 
 
@@ -63,8 +64,9 @@ class PostTraining(Method):
     Attributes:
         samples: of the training data, to calibrate on.
         batch_size: of the calibration and of the block-wise stage.
-        J: epochs of the block-wise stage (the paper's J), 0 for none. The last batches are held out, and the best epoch
-            on them counts.
+        J: most epochs of the block-wise stage (the paper's J), 0 for none.
+        held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
+        patience: epochs without a better one after which it stops.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
         reestimate_bn: measure the statistics of batch norms anew, with the quantized weights.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
@@ -74,6 +76,8 @@ class PostTraining(Method):
     samples: int = 1024
     batch_size: int = 32
     J: int = 0
+    held_out: float = 0.125
+    patience: int = 2
     block_lr: float = 1e-3
     reestimate_bn: bool = False
     sft: bool = False
@@ -83,14 +87,15 @@ class PostTraining(Method):
         super().__post_init__()
         check(self.samples > 0 and self.batch_size > 0, "quant.samples and quant.batch_size are positive")
         check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
+        check(0 <= self.held_out < 1 and self.patience > 0, "quant.held_out is in 0..1 and quant.patience is positive")
 
     @property
     def trains(self) -> bool:  # type: ignore[override]
         return self.sft
 
     @property
-    def symmetric_grid(self) -> bool:
-        """Whether 0 stays a value when the values are tuned."""
+    def keeps_zero(self) -> bool:
+        """Whether the values are tied to 0, also when they are tuned."""
         return False
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
@@ -116,10 +121,11 @@ class PostTraining(Method):
         """
         if data is None:
             raise BitfrontError(f"{type(self).__name__} needs calibration data")
-        QuantizedModel(network, {})  # refuses what cannot be quantized, before any work
+        check_quantizable(network, self.eligible(network))
+        check_finite(network)
         packed, log = calibrate(network, self, data)
         frozen: dict[str, Quantizer] = {
-            name: Frozen(p, self.sft, self.of(name).symmetric_grid) for name, p in packed.items()
+            name: Frozen(p, self.sft, self.of(name).keeps_zero) for name, p in packed.items()
         }
         if self.sft:
             norms = {name for name, _ in norm_parameters(network)} - packed.keys()
@@ -139,12 +145,14 @@ class Unit:
         stages: names of the weights, those with the same inputs together, in the order of use.
         blind: names of weights in the block of whose inputs nothing is known.
         calls: how often it is called in a forward.
+        time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
     """
 
     block: str
     stages: list[list[str]]
     blind: list[str]
     calls: int = 1
+    time_last: bool = False
 
 
 def blocks(network: nn.Module) -> list[str]:
@@ -179,6 +187,7 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
     inside: list[str] = []  # of which blocks the forward is at the time
     calls: list[str] = []
     uses: dict[str, list[tuple[str, Use]]] = {}
+    last: dict[str, Use] = {}
     first: dict[str, int] = {}  # by weight or block, a number that rises with time
 
     def entered(name: str) -> None:
@@ -187,15 +196,19 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
         first.setdefault(name, len(first))
 
     def see(name: str, use: Use) -> None:
-        uses.setdefault(name, []).append((inside[-1] if inside else "", use))  # keeps the inputs, and so their identity
+        block = inside[-1] if inside else ""
+        uses.setdefault(name, []).append((block, use))  # keeps the inputs, and so their identity
+        last[block] = use
         first.setdefault(name, len(first))
 
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered(name)) for name, m in modules.items()]
     hooks += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in modules.values()]
-    with torch.no_grad(), Watch(weights, see):
-        data.run(network, data.batches[0])
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad(), Watch(weights, see):
+            data.run(network, data.batches[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
     owners = {id(p): block for block in reversed(names) if block in first for p in modules[block].parameters()}
 
@@ -204,19 +217,22 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
         used = {block for block, _ in uses.get(name, [])} or {owners.get(id(weights[name]), "")}
         return used.pop() if len(used) == 1 else ""
 
-    def start(name: str) -> int:
-        """When a weight is first needed. An embedding that is also the output layer: before the blocks."""
-        return min((first[key] for key in (name, owners.get(id(weights[name]))) if key in first), default=-1)
+    def start(name: str) -> tuple[int, int]:
+        """When first the block, then the weight is needed. An embedding that is also the output: before all blocks."""
+        keys = (name, owners.get(id(weights[name])))
+        return min((first[key] for key in keys if key in first), default=-1), first.get(name, -1)
 
     units: dict[str, Unit] = {}
     for name in sorted(weights, key=start):
         block = home(name)
-        unit = units.setdefault(block or (name if name in uses else ""), Unit(block, [], [], calls.count(block)))
+        new = Unit(block, [], [], calls.count(block), block in last and last[block].geometry is not None)
+        unit = units.setdefault(block or (name if name in uses else ""), new)
         keys = {use.key for _, use in uses.get(name, [])}
+        alike = (stage for stage in unit.stages if keys == {use.key for _, use in uses[stage[0]]})
         if not keys:
             unit.blind.append(name)
-        elif unit.stages and keys == {use.key for _, use in uses[unit.stages[-1][0]]}:
-            unit.stages[-1].append(name)
+        elif (stage := next(alike, None)) is not None:
+            stage.append(name)
         else:
             unit.stages.append([name])
     return list(units.values())
@@ -240,15 +256,32 @@ def calibrate(
     """
     weights = method.eligible(network)
     method.check_shapes({name: w.shape for name, w in weights.items()})
-    training = network.training
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    check(bool(norms) or not method.reestimate_bn, "quant.reestimate_bn: the network has no batch norm")
+    check(len(data.batches) > 0, "there is no calibration data")
+    training, fast = network.training, torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which packs padded batches into nested tensors
     network.eval()
+    try:
+        packed, log = _walk(network, method, weights, data)
+        if method.reestimate_bn:
+            reestimate(network, norms, data)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    network.train(training)
+    return {name: packed[name] for name in weights}, log
+
+
+def _walk(
+    network: nn.Module, method: PostTraining, weights: dict[str, nn.Parameter], data: Calibration
+) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
     packed: dict[str, Packed] = {}
     log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     units = plan(network, weights, data) if weights else []
     bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)
-        state = _load(data.states, n)
+        state = _load(data.states, n, unit)
         if state is None:
             state = quantize(network, method, unit, weights, data, n)
             _save(data.states, n, state)
@@ -259,10 +292,7 @@ def calibrate(
             network.get_parameter(name).data.copy_(p)
         log["layers"] += state["layers"]
         log["blocks"].append(state["block"])
-    if method.reestimate_bn:
-        reestimate(network, data)
-    network.train(training)
-    return {name: packed[name] for name in weights}, log
+    return packed, log
 
 
 @torch.no_grad()
@@ -309,13 +339,16 @@ def quantize(
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
     norms: dict[str, Tensor] = {}
     if tuned:
-        symmetric = {name.removeprefix(prefix) for name in packed if method.of(name).symmetric_grid}
-        tuning = Tuning(block, {name.removeprefix(prefix): p for name, p in packed.items()}, symmetric)
+        names = {id(p): name for name, p in block.named_parameters()}
+        local = {name: names[id(weights[name])] for name in packed}  # a tied weight has another name here
+        symmetric = {local[name] for name in packed if method.of(name).keeps_zero}
+        tuning = Tuning(block, {local[name]: p for name, p in packed.items()}, symmetric, unit.time_last)
         with torch.enable_grad():
-            entry |= tuning.run(inputs, targets, method.J, method.block_lr, data.seed + n)
-        packed = {f"{prefix}{name}": p for name, p in tuning.packed.items()}
+            entry |= tuning.run(inputs, targets, method, data.seed + n)
+        packed = {name: tuning.packed[local[name]] for name in packed}
         norms = {f"{prefix}{name}": block.get_parameter(name).detach() for name in tuning.norms}
     return {
+        "unit": vars(unit),
         "packed": {name: vars(p) for name, p in packed.items()},
         "norms": on_cpu(norms),
         "layers": layers,
@@ -328,36 +361,29 @@ class _Reached(Exception):  # noqa: N818 no error
 
 
 def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
-    """What a block is called with, on every batch, by the network so far. The forward goes no further."""
+    """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
     if not unit.block:
         return [Captured((batch,), {}, data.valid(batch)) for batch in data.batches]
     captured: list[Captured] = []
 
     def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
         captured.append(Captured(on_cpu(args), on_cpu(kwargs), data.valid(batch)))
-        if len(captured) % unit.calls == 0:
+        if unit.calls == 1:
             raise _Reached
 
     hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
-    for batch in data.batches:
-        try:
-            data.run(network, batch)
-        except _Reached:
-            continue
-    hook.remove()
+    try:
+        for batch in data.batches:
+            with suppress(_Reached):
+                data.run(network, batch)
+    finally:
+        hook.remove()
     return captured
 
 
 @torch.no_grad()
-def reestimate(network: nn.Module, data: Calibration) -> None:
-    """Measure mean and variance of all batch norms anew, over all batches with equal weight.
-
-    Raises:
-        BitfrontError: the network has no batch norm.
-    """
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        raise BitfrontError("quant.reestimate_bn: the network has no batch norm")
+def reestimate(network: nn.Module, norms: list[_BatchNorm], data: Calibration) -> None:
+    """Measure mean and variance of the batch norms anew, over all batches with equal weight."""
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
@@ -374,14 +400,22 @@ def _save(folder: Path | None, n: int, state: dict[str, Any]) -> None:
     if folder is not None:
         data = io.BytesIO()
         torch.save(state, data)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BitfrontError(
+                f"cannot make '{folder}' ({error.strerror}); make room and run the same command"
+            ) from None
         write_atomically(folder / f"{n:04}.pt", data.getvalue())
 
 
-def _load(folder: Path | None, n: int) -> dict[str, Any] | None:
+def _load(folder: Path | None, n: int, unit: Unit) -> dict[str, Any] | None:
     if folder is None or not (path := folder / f"{n:04}.pt").is_file():
         return None
     try:
-        return torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["unit"] == vars(unit):
+            return state
     except Exception as error:
         raise BitfrontError(f"'{path}' is damaged ({error}); delete it and run again") from None
+    raise BitfrontError(f"'{path}' is of another block than '{unit.block}'; delete '{folder}' and run again")

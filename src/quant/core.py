@@ -7,7 +7,7 @@ post-training method a ``PostTraining`` dataclass (``calibration.py``) whose ``s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -118,14 +118,7 @@ class QuantizedModel(nn.Module):
 
     def __init__(self, network: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
         super().__init__()
-        _refuse_checkpointing(network)
-        for name in quantizers:
-            module = network.get_submodule(name.rpartition(".")[0])
-            if is_parametrized(module) or name.endswith(("_g", "_v", "_orig")):
-                raise BitfrontError(
-                    f"{type(module).__name__} computes its weight from '{name}' (weight norm or the like); remove the "
-                    "parametrization first, so that the weight itself is quantized"
-                )
+        check_quantizable(network, quantizers)
         self.network = network
         self.names = list(quantizers)
         self.quantizers = nn.ModuleList(quantizers.values())
@@ -148,7 +141,7 @@ class QuantizedModel(nn.Module):
             return {name: quantizer(w) for name, quantizer, w in self.items()}
         versions = [t._version for t in (*self.parameters(), *self.quantizers.buffers())]
         if self._cached is None or self._cached_at != versions:
-            self._check_finite()
+            check_finite(self.network)
             self._cached = {name: quantizer(w) for name, quantizer, w in self.items()}
             self._cached_at = versions
         return self._cached
@@ -170,7 +163,7 @@ class QuantizedModel(nn.Module):
         Raises:
             BitfrontError: a weight is not finite.
         """
-        self._check_finite()
+        check_finite(self.network)
         return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
 
     def widths(self) -> dict[str, list[int]]:
@@ -185,11 +178,6 @@ class QuantizedModel(nn.Module):
         """Write the artifact; return its size in bytes."""
         return self.artifact(about).save(path)
 
-    def _check_finite(self) -> None:
-        for name, p in self.network.named_parameters():
-            if not torch.isfinite(torch.stack(torch.aminmax(p.detach()))).all():
-                raise BitfrontError(f"'{name}' holds NaN or infinity; lower train.lr and run again")
-
     def train(self, mode: bool = True) -> QuantizedModel:
         _refuse_checkpointing(self.network)
         self._cached = None
@@ -198,6 +186,25 @@ class QuantizedModel(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> QuantizedModel:
         self._cached = None
         return super()._apply(*args, **kwargs)
+
+
+def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
+    """Refuse activation checkpointing, and weights that are computed from others, as ``QuantizedModel`` says."""
+    _refuse_checkpointing(network)
+    for name in names:
+        module = network.get_submodule(name.rpartition(".")[0])
+        if is_parametrized(module) or name.endswith(("_g", "_v", "_orig")):
+            raise BitfrontError(
+                f"{type(module).__name__} computes its weight from '{name}' (weight norm or the like); remove the "
+                "parametrization first, so that the weight itself is quantized"
+            )
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse weights that are not finite."""
+    for name, p in network.named_parameters():
+        if p.numel() and not torch.isfinite(torch.stack(torch.aminmax(p.detach()))).all():
+            raise BitfrontError(f"'{name}' holds NaN or infinity; lower train.lr and train again")
 
 
 def _refuse_checkpointing(network: nn.Module) -> None:
@@ -239,8 +246,8 @@ class Method:
 
     Attributes:
         min_size, exclude: as in ``eligible``.
-        layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; of several
-            matches the last one counts.
+        layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
+            match, what comes later overrides.
         penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         trains: whether there is a training stage.
         after_training: whether it needs trained weights and calibration data.
@@ -259,15 +266,20 @@ class Method:
         check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
         check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
         for pattern, settings in (self.layers or {}).items():
-            for key in settings:
+            for key, value in settings.items():
                 known = ", ".join(self.per_layer) or "nothing"
                 check(key in self.per_layer, f"layers sets {known} for this method, not '{key}' ('{pattern}')")
+                usual = type(getattr(self, key))
+                fits = type(value) is usual or (usual is float and type(value) is int)
+                check(fits, f"layers: {key} is of type {usual.__name__}, got '{value}' ('{pattern}')")
             replace(self, layers=None, **settings)  # refuses what is out of range
 
     def of(self, name: str) -> Self:
         """This method with the settings that ``layers`` gives for a tensor."""
-        settings = [s for pattern, s in (self.layers or {}).items() if fnmatchcase(name, pattern)]
-        return replace(self, layers=None, **settings[-1]) if settings else self
+        settings: dict[str, Any] = {}
+        for pattern, some in (self.layers or {}).items():
+            settings |= some if fnmatchcase(name, pattern) else {}
+        return replace(self, layers=None, **settings) if settings else self
 
     def attach(self, network: nn.Module) -> QuantizedModel:
         """Wrap a network whose weights are the starting point."""

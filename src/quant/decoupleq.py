@@ -13,6 +13,9 @@ the codes, each kept per row if better. At level 2 the codes come from rounding 
 from M steps of projected gradient on all columns, then column by column rounding with K steps on the later ones
 (equation 10, algorithm 2).
 
+Where nothing is known of the inputs (embeddings, recurrent layers), weights are rounded to nearest, on the grid that is
+best for ``H = 1``.
+
 Differs from the official code: relative thresholds and step sizes throughout, so that the unit of weights and inputs
 does not matter; rows of zeros and constant groups are solved; gradient steps are preconditioned by the diagonal
 instead of Adam with an absolute rate; the first grid is searched per group by the diagonal of ``H``.
@@ -22,10 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from src.packed import Packed, as_stored, grouped, middle_code
 from src.quant.core import check
 from src.quant.gptq import GPTQ
+from src.quant.inputs import Moments
 from src.quant.solver import Grid, Layer, Solution
 
 CENTRE = 0.015  # strength of the pull to the centre of the box, and damping of the feedback, for one level
@@ -56,6 +64,12 @@ class DecoupleQ(GPTQ):
         super().__post_init__()
         check(self.level in (0, 1, 2), f"level is 0 (ours), 1 or 2 (the paper's), got {self.level}")
         check(self.N > 0 and self.M >= 0 and self.K >= 0, "N is positive, quant.M and quant.K are not negative")
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        if inputs is not None:
+            return super().solve(w, inputs)
+        lo, span = (as_stored(x, self.dtype) for x in fitted_range(w, self.bits, self.group_size, self.symmetric))
+        return Packed.nearest(w, torch.tensor([self.bits], device=w.device), lo, span, self.group_size), {}
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         steps = super().steps(layer)
@@ -97,3 +111,37 @@ class DecoupleQ(GPTQ):
             best = layer.solution(best.codes, layer.fit(best.codes, best)).or_better(best)
             grid = best
             yield best
+
+
+def fitted_range(w: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Smallest value and range of the grid on which rounding to nearest has the least squared error, by Lloyd's
+    alternation of rounding and least squares from shares of the full range.
+
+    Args:
+        w: finite weights.
+        bits, group_size, symmetric: of the grid, as in ``GPTQ``.
+
+    Returns:
+        ``[groups]`` each.
+    """
+    groups, levels = grouped(w.float(), group_size), 2**bits - 1
+    middle = middle_code(bits) if symmetric else levels / 2
+    mean = torch.zeros_like(groups[:, :1]) if symmetric else groups.mean(1, keepdim=True)
+    centred = groups - mean
+    lo, hi = (x[:, None] for x in torch.aminmax(centred, dim=1))
+    full = torch.maximum(-lo / middle, hi / (levels - middle)) if symmetric else (hi - lo) / levels
+    first = -middle * full if symmetric else lo
+    best = [full, mean + first, torch.full_like(full, torch.inf)]  # scale, zero, error
+    for share in torch.linspace(1.0, 0.25, 16).tolist():
+        scale, zero = full * share, mean + first * share
+        for _ in range(5):
+            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            a = (groups - zero).mul_(inverse).round_().clamp_(0, levels).sub_(middle)
+            centre = torch.zeros_like(mean) if symmetric else a.mean(1, keepdim=True)
+            power = (a - centre).square().sum(1, keepdim=True)
+            scale = torch.where(power > 0, ((a - centre) * centred).sum(1, keepdim=True) / power, scale)
+            zero = mean - (centre + middle) * scale
+            error = (a.add_(middle).mul_(scale).add_(zero).sub_(groups)).square_().sum(1, keepdim=True)
+            better = error < best[2]
+            best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True)]
+    return best[1][:, 0], best[0][:, 0] * levels

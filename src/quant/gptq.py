@@ -18,45 +18,33 @@ import torch
 from torch import Tensor
 
 from src.packed import Packed, code_dtype
-from src.quant.calibration import PostTraining
-from src.quant.core import FixedBits, check
+from src.quant.core import check
 from src.quant.inputs import Moments
-from src.quant.rtn import round_to_nearest
+from src.quant.rtn import RTN
 from src.quant.solver import Layer, Solution, solve_rows
-
-SCALE_TYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(kw_only=True)
-class GPTQ(FixedBits, PostTraining):
+class GPTQ(RTN):
     """GPTQ.
 
     Attributes:
         bits: 1..8.
         group_size: consecutive weights of a row that share scale and zero, a divisor of the row; -1 for the row.
-        symmetric: 0 is a value; the zero is tied to the scale.
-        scale_dtype: in which scale and zero are stored: "float32", "float16" or "bfloat16".
+        symmetric, scale_dtype: as in ``RTN``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
     """
 
-    group_size: int = -1
-    symmetric: bool = False
-    scale_dtype: str = "float32"
     damping: float = 0.01
     act_order: bool = True
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "scale_dtype", "damping", "act_order")
+    per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.bits <= 8, f"bits is 1..8 for this method, got {self.bits}")
         check(self.group_size != 0, "group_size is n or -1 (a row) for this method, which solves row by row")
-        check(self.scale_dtype in SCALE_TYPES, f"quant.scale_dtype is one of {', '.join(SCALE_TYPES)}")
         check(self.damping >= 0, f"quant.damping is not negative, got {self.damping}")
-
-    @property
-    def symmetric_grid(self) -> bool:
-        return self.symmetric
 
     def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
         sizes = {name: self.of(name).group_size for name in shapes}
@@ -69,7 +57,7 @@ class GPTQ(FixedBits, PostTraining):
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is None:
-            return round_to_nearest(w, self.bits, self.group_size, self.dtype), {}
+            return super().solve(w, inputs)
         curvature = inputs.curvature(self.damping, self.act_order)
         size = self.group_size if self.group_size > 0 else inputs.columns
         log = {"power": 0.0}
@@ -85,21 +73,17 @@ class GPTQ(FixedBits, PostTraining):
         def in_all(loss: Tensor) -> float:
             return (loss * curvature.mean[:, None]).sum().item()
 
-        solution = solve_rows(w.float().reshape(inputs.batch, -1, inputs.columns), solve)
+        rows = w.float().reshape(inputs.batch, -1, inputs.columns)
+        solution = solve_rows(rows, inputs.columns // size, solve)
         power = log.pop("power") or 1.0
         flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
         about = {
             "steps": {name: loss / power for name, loss in log.items()},
-            "damping": curvature.damped,
-            "dead_inputs": curvature.dead,
+            "damping": self.damping + curvature.raised,
+            "dead_inputs": int(curvature.dead.sum()),
             "flat_rows": int(flat.sum()),
         }
         return packed(solution, w.shape, self.bits, self.dtype), about
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored scales."""
-        return getattr(torch, self.scale_dtype)
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         """The solution after each step, by name; the last one counts."""

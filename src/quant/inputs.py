@@ -176,8 +176,7 @@ def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int]]
             found = unfolded.transpose(1, 2).flatten(2)
         else:
             width = (part.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-            kept = torch.arange(width, device=x.device) < (shares.to(x.device)[:, None] * width).ceil()
-            kept = kept.repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
+            kept = within(shares, width, x.device).repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
             found = unfolded.transpose(2, 3)[:, kept].transpose(1, 2)
         yield found, [found.shape[2]] * groups
 
@@ -199,9 +198,14 @@ def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor:
     if batch_axis is None or x.dim() < 3:
         raise BitfrontError(f"cannot tell padding in a layer input of shape {list(x.shape)} from {samples} samples")
     time = x.shape[1 - batch_axis]
-    kept = torch.arange(time, device=x.device) < (valid.to(x.device)[:, None] * time).ceil()
+    kept = within(valid, time, x.device)
     kept = kept if batch_axis == 0 else kept.T
     return kept.reshape(*kept.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1])
+
+
+def within(valid: Tensor, time: int, device: torch.device) -> Tensor:
+    """Which of so many steps are no padding, ``[samples, time]``."""
+    return torch.arange(time, device=device) < (valid.to(device)[:, None] * time).ceil()
 
 
 class Accumulator:
@@ -222,8 +226,9 @@ class Accumulator:
         """One use of the weight."""
         for x, counts in columns(use, self.valid):
             product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
-            for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
-                product += (part @ part.transpose(1, 2)).double()
+            with torch.autocast(x.device.type, enabled=False):
+                for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
+                    product += (part @ part.transpose(1, 2)).double()
             self.total, self.counts = self.total.to(product) + product, self.counts + torch.tensor(counts)
 
     def moments(self) -> Moments:

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from src.errors import BitfrontError
-from src.packed import middle_code
+from src.packed import as_stored, middle_code
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
+NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
 
 
 class Curvature:
@@ -43,8 +45,8 @@ class Curvature:
 
     Attributes:
         mean: of the diagonal of the ``H`` given, ``[batch]``; losses times this are in the layer's own unit.
-        dead: how many inputs are always zero; their weights do not matter and are rounded to nearest.
-        damped: what had to be added in all, relative to the mean, until the factorization succeeded.
+        dead: which inputs are always zero, ``[batch, columns]``; their weights do not matter.
+        raised: what had to be added to a ridge until a factorization succeeded.
 
     Raises:
         BitfrontError: ``H`` is not finite.
@@ -55,14 +57,14 @@ class Curvature:
             raise BitfrontError("the inputs of the layer are not finite")
         H64 = H.double()
         diagonal = H64.diagonal(dim1=1, dim2=2)
-        dead = diagonal <= 0
-        self.dead = int(dead.sum())
         self.mean = diagonal.mean(1)
         H64 = H64 / torch.where(self.mean > 0, self.mean, 1.0)[:, None, None]
-        H64.diagonal(dim1=1, dim2=2).add_(damping + dead.double())
+        diagonal = H64.diagonal(dim1=1, dim2=2)
+        self.dead = diagonal <= NOTHING
+        diagonal.copy_(torch.where(self.dead, IDLE, diagonal + damping))
         self.H = H64.float()
         self.diagonal = self.H.diagonal(dim1=1, dim2=2)
-        self.damping = self.damped = damping
+        self.raised = 0.0
         columns = torch.arange(H.shape[1], device=H.device).expand(len(H), -1)
         self.order = self.diagonal.argsort(dim=1, descending=True, stable=True) if act_order else columns
         self.back = self.order.argsort(dim=1)
@@ -76,7 +78,7 @@ class Curvature:
 
         The rows of the upper Cholesky factor of ``(H + ridge)⁻¹``, each divided by its diagonal. One factorization:
         with the order reversed, ``H + ridge = R Rᵀ`` for an upper triangular ``R``, and the factor sought is ``R⁻¹``. A
-        ridge too small for the factorization is raised tenfold until it succeeds, and that is kept in ``damped``.
+        ridge too small for the factorization is raised tenfold until it succeeds, and that is kept in ``raised``.
         """
         if ridge not in self._feedback:
             H, eye = self.ordered.double().flip(1, 2), torch.eye(self.H.shape[1], device=self.H.device).double()
@@ -86,10 +88,16 @@ class Curvature:
                 if not failed.any():
                     break
                 tried = max(10 * tried, 1e-6)
-            self.damped = max(self.damped, self.damping + tried)
+            self.raised = max(self.raised, tried - ridge)
             factor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(1, 2)
             self._feedback[ridge] = (factor / factor.diagonal(dim1=1, dim2=2)[:, :, None]).float()
         return self._feedback[ridge]
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """Largest eigenvalue of ``H`` scaled to a unit diagonal, ``[batch]``."""
+        unit = self.ordered.diagonal(dim1=1, dim2=2).rsqrt()
+        return torch.linalg.eigvalsh(self.ordered * unit[:, :, None] * unit[:, None, :])[:, -1]
 
     def inverse(self, ridge: float) -> tuple[Tensor, Tensor]:
         """``(H + ridge + P)⁻¹`` and the diagonal ``P`` that makes it well-conditioned, for ``relax``."""
@@ -167,6 +175,8 @@ class Layer:
         self.batch, self.columns, self.rows = self.w.shape
         self.group_size, self.groups = group_size, self.columns // group_size
         self.group = curvature.order // group_size  # of each column, in working order
+        if curvature.dead.any():
+            self._bound_dead()
 
     def values(self, codes: Tensor, grid: Grid) -> Tensor:
         """What the codes mean, ``[batch, columns, rows]``."""
@@ -186,14 +196,8 @@ class Layer:
         return Grid((hi - lo) / self.levels, lo)
 
     def as_stored(self, grid: Grid) -> Grid:
-        """The grid that is left of one when its zero and span are stored.
-
-        Raises:
-            BitfrontError: they are too large for the type.
-        """
-        span, zero = ((grid.scale * self.levels).to(self.dtype).float(), grid.zero.to(self.dtype).float())
-        if not (torch.isfinite(span).all() and torch.isfinite(zero).all()):
-            raise BitfrontError(f"weights are too large for scales in {self.dtype}; choose another quant.scale_dtype")
+        """The grid that is left of one when its zero and span are stored."""
+        span, zero = (as_stored(x, self.dtype).float() for x in (grid.scale * self.levels, grid.zero))
         return Grid(span / self.levels, zero)
 
     def stored(self, solution: Solution) -> Solution:
@@ -295,8 +299,7 @@ class Layer:
         lo, hi = torch.minimum(*edges), torch.maximum(*edges)
         w, H = self._ordered(self.w), self.curvature.ordered
         diagonal = H.diagonal(dim1=1, dim2=2)
-        largest = torch.linalg.eigvalsh(H * (diagonal[:, :, None] * diagonal[:, None, :]).rsqrt())[:, -1]
-        rate = 1 / (largest[:, None, None] * diagonal[:, :, None])
+        rate = 1 / (self.curvature.largest[:, None, None] * diagonal[:, :, None])
         x, codes = w.clamp(lo, hi), torch.empty_like(w)
 
         def step(start: int) -> None:
@@ -356,12 +359,14 @@ class Layer:
                 return grid
         a = self._grouped(codes - self.middle)
         slope = self._grouped(self.H @ self.values(codes, grid).sub_(self.w))
-        y1, y2 = (
-            (part.sum(2, dtype=torch.float64)).transpose(1, 2) for part in (slope * a, slope)
-        )  # [b, rows, groups]
+        y1, y2 = (x.sum(2, dtype=torch.float64).transpose(1, 2) for x in (slope * a, slope))  # [batch, rows, groups]
         blocks = self.H.view(self.batch, self.groups, self.group_size, self.groups, self.group_size)
         P22 = blocks.sum((2, 4), dtype=torch.float64)[:, None]  # [batch, 1, groups, groups]
-        inverse = torch.linalg.pinv(P22, rtol=1e-10, hermitian=True)
+        # Relative to the power of the inputs: where they sum to 0, the zero has no effect, and stays.
+        power = self._grouped(self.curvature.diagonal[:, :, None]).sum((1, 2, 3), dtype=torch.float64)
+        inverse = torch.linalg.pinv(
+            P22, atol=1e-7 * power[:, None], rtol=torch.zeros_like(power[:, None]), hermitian=True
+        )
         if fixed is not None:
             return Grid(grid.scale, grid.zero - _columns_first(inverse @ y2[..., None]))
         P11 = torch.empty(self.batch, self.rows, self.groups, self.groups, device=a.device, dtype=torch.float64)
@@ -379,6 +384,13 @@ class Layer:
         zero = inverse @ (y2[..., None] - P12.transpose(2, 3) @ step)
         scale = grid.scale - _columns_first(step)
         return Grid(scale, grid.zero - _columns_first(zero) - self.middle * (scale - grid.scale))
+
+    def _bound_dead(self) -> None:
+        """Keep the weights of dead inputs, which do not matter, from widening the range of those that do."""
+        dead, w = self._grouped(self.curvature.dead[:, :, None]), self._grouped(self.w)
+        lo = torch.where(dead, torch.inf, w).amin(2, keepdim=True)
+        hi = torch.where(dead, -torch.inf, w).amax(2, keepdim=True)
+        self.w = torch.where(dead & (lo <= hi), w.clamp(lo, hi), w).view_as(self.w)
 
     def _blocks(self) -> list[tuple[int, int]]:
         return [(start, min(start + BLOCK, self.columns)) for start in range(0, self.columns, BLOCK)]
@@ -406,9 +418,10 @@ class Layer:
         return scale, zero, inverse, offset
 
 
-def solve_rows(w: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
-    """Solve ``w`` ``[batch, rows, columns]`` in parts of at most ``WEIGHTS`` weights, which bounds the memory."""
-    parts = [solve(part) for part in w.split(max(1, WEIGHTS // (w.shape[0] * w.shape[2])), dim=1)]
+def solve_rows(w: Tensor, groups: int, solve: Callable[[Tensor], Solution]) -> Solution:
+    """Solve ``w`` ``[batch, rows, columns]``, of so many groups a row, in parts, which bounds the memory."""
+    each = w.shape[0] * max(w.shape[2], groups**2)
+    parts = [solve(part) for part in w.split(max(1, WEIGHTS // each), dim=1)]
     return Solution(*(torch.cat([getattr(p, name) for p in parts], -1) for name in ("scale", "zero", "codes", "loss")))
 
 
