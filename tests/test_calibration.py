@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from src.errors import BitfrontError
+from src.quant.blockwise import Captured, Tuning
 from src.quant.calibration import Calibration, plan
 from src.quant.core import Frozen, eligible
 from src.quant.decoupleq import DecoupleQ
@@ -439,3 +440,153 @@ def test_trainable_values_start_where_they_were_solved(symmetric: bool, dtype: t
         frozen.gain.data.mul_(1.3)
         grid = frozen.packed
         torch.testing.assert_close(grid.lo.float() + 4 * grid.span.float() / 7, torch.zeros(6), rtol=0, atol=0.02)
+
+
+class Gated(nn.Module):
+    """A gated layer whose output projection is registered first and used last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.gate, self.up = nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+def test_stages_follow_the_order_of_use_not_of_registration() -> None:
+    network = nn.Sequential(Gated(), Gated())
+    data = Calibration([torch.randn(4, 16)], lambda net, batch: net(batch))
+    units = plan(network, eligible(network, 0.0, ["*bias"]), data)
+    assert [unit.stages for unit in units] == [
+        [[f"{n}.gate.weight", f"{n}.up.weight"], [f"{n}.down.weight"]] for n in range(2)
+    ]
+
+
+class Tied(nn.Module):
+    """An output layer inside a block, tied to the embedding outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 30, bias=False))
+        self.body[3].weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.embedding(x))
+
+
+def test_a_tied_weight_can_be_tuned_in_a_block_that_knows_it_by_another_name() -> None:
+    network = Tied().eval()
+    data = Calibration([torch.randint(30, (8, 5)) for _ in range(3)], lambda net, batch: net(batch))
+    model = DecoupleQ(bits=3, J=2, min_size=0.0005).attach(network, data)
+    assert set(model.names) == {"embedding.weight", "body.0.weight"}
+    assert network.body[3].weight is network.embedding.weight
+
+
+def test_a_padded_encoder_is_calibrated_without_its_fast_path() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=mask)
+
+    network = Padded().eval()
+    mask = torch.arange(7) >= torch.tensor([7, 3, 5])[:, None]
+    data = Calibration([(torch.randn(3, 7, 16), mask)] * 3, lambda net, batch: net(*batch))
+    data.valid = lambda batch: 1 - batch[1].float().mean(1)
+    model = DecoupleQ(bits=4, J=1, min_size=0.0005).attach(network, data)
+    assert all(layer["inputs"] == 3 * 15 for layer in model.log["layers"])
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("time_last", [False, True])
+def test_padding_counts_in_no_block_loss(time_last: bool) -> None:
+    block: nn.Module = nn.Sequential(nn.Conv1d(6, 6, 1)) if time_last else nn.Sequential(nn.Linear(6, 6))
+    x, valid = torch.randn(2, 20, 6), torch.tensor([0.5, 1.0])
+    x = x.transpose(1, 2) if time_last else x
+    weight = block[0].weight.detach().clone()
+    packed, _ = GPTQ(bits=8).solve(weight, Moments(torch.eye(6).double()[None], 10))
+    block[0].weight.data.copy_(packed.decode())
+    tuning = Tuning(block, {"0.weight": packed}, set(), time_last)
+    with torch.no_grad():
+        target = block(x)
+    for frame, counts in ((3, True), (15, False)):
+        wrong = target.clone()
+        (wrong[0, :, frame] if time_last else wrong[0, frame])[...] += 5
+        with torch.no_grad():
+            loss = tuning._error(Captured((x,), {}, valid), wrong, tuning._stored(), [1.0])
+        assert (loss.item() > 0.1) == counts
+
+
+def test_a_block_with_several_outputs_and_arguments_is_tuned() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, *, scale: float, skip: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+            y = torch.tanh(self.first(x) * scale)
+            return self.second(y), {"skip": y if skip is None else y + skip, "length": len(x)}
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Two(), Two()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            skip = None
+            for layer in self.layers:
+                x, other = layer(x, scale=0.5, skip=skip)
+                skip = other["skip"]
+            return x
+
+    data = Calibration([torch.randn(8, 16) for _ in range(4)], lambda net, batch: net(batch))
+    model = DecoupleQ(bits=2, J=3, min_size=0.0005).attach(Whole().eval(), data)
+    assert [block["name"] for block in model.log["blocks"]] == ["layers.0", "layers.1"]
+    assert all("held_out" in block for block in model.log["blocks"])
+
+
+def test_a_block_that_is_called_several_times_sees_all_its_inputs() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(self.block(x)))
+
+    data = Calibration([torch.randn(8, 16) for _ in range(4)], lambda net, batch: net(batch))
+    model = GPTQ(bits=2, J=1, min_size=0.0005).attach(Shared().eval(), data)
+    assert model.log["layers"][0]["inputs"] == 4 * 8 * 3
+
+
+def test_states_of_another_plan_are_refused(tmp_path: Path) -> None:
+    network, data = small()
+    data = replace(data, states=tmp_path)
+    GPTQ(min_size=0.0005).attach(network, data)
+    with pytest.raises(BitfrontError, match=r"is of another block than '.*'; delete"):
+        GPTQ(min_size=0.0005).attach(small()[0], replace(data, blocks=["1"]))
+
+
+def test_what_cannot_be_quantized_is_refused_before_any_work() -> None:
+    network, data = small()
+    forwards = 0
+
+    def counted(net: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return net(batch)
+
+    data = replace(data, run=counted)
+    network[0] = nn.utils.parametrizations.weight_norm(network[0])
+    with pytest.raises(BitfrontError, match="computes its weight"):
+        GPTQ(min_size=0.0).attach(network, data)
+    network, _ = small()
+    network[1][0][1].weight.data[3, 2] = torch.nan
+    with pytest.raises(BitfrontError, match=r"'1\.0\.1\.weight' holds NaN"):
+        RTN(min_size=0.0).attach(network, data)
+    with pytest.raises(BitfrontError, match="no calibration data"):
+        GPTQ().attach(small()[0], replace(data, batches=[]))
+    assert forwards == 0
