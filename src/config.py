@@ -61,7 +61,11 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     names = {group: choices[group] for group in GROUPS}
     words = [f"{knob}={cell[knob]}" for n, (knob, v) in enumerate(_knobs(names["quant"])) if n == 0 or cell[knob] != v]
     shown = ("task.", "train.", "quant.", "init_from=", "trainer.precision=")
-    words += [o for o in overrides if o.startswith(shown)]
+    usual = _compose([f"{group}={name}" for group, name in names.items()])
+    for override in overrides:
+        key = override.partition("=")[0]
+        if override.startswith(shown) and OmegaConf.select(usual, key) != OmegaConf.select(config, key):
+            words.append(override)
     return cell | {"names": names, "setting": " ".join(words)}
 
 

@@ -137,3 +137,13 @@ def test_identity_is_of_what_determines_the_result() -> None:
     for word in ("penalty=6", "seed=1", "train.lr=0.1", "trainer.precision=bf16-mixed", "smoke=true", "task.dim=64"):
         assert identity(config.load(["quant=diffq", "penalty=5", word]), None) != base, word
     assert identity(config.load(["quant=diffq", "penalty=5"]), "abc") != base
+
+
+def test_the_setting_names_what_differs_from_the_files() -> None:
+    def setting(*words: str) -> str:
+        return config.load(words)["setting"]
+
+    assert setting("quant=gptq", "bits=2", "init_from=float", "quant.damping=0.01") == "bits=2"
+    assert setting("quant=gptq", "quant.layers={head*: {bits: 8}}") == "bits=4 quant.layers={head*: {bits: 8}}"
+    assert setting("quant=decoupleq", "J=0", "quant.sft=true", "init_from=x") == "bits=2 J=0 quant.sft=true init_from=x"
+    assert setting("quant=float", "train.epochs=3", "seed=2") == "train.epochs=3"
