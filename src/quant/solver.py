@@ -31,6 +31,7 @@ from src.packed import as_stored, middle_code
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
+PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
 
 
@@ -106,9 +107,6 @@ class Curvature:
             lower = torch.linalg.cholesky(self.H + torch.diag_embed(P + ridge))
             self._inverse[ridge] = torch.cholesky_inverse(lower), P
         return self._inverse[ridge]
-
-
-PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 
 
 @dataclass
