@@ -103,7 +103,8 @@ def _row(group: list[dict[str, Any]]) -> Row:
     return Row(
         task=first["task"] + ("-smoke" if first["config"]["smoke"] else ""),
         method=first["method"],
-        setting=first["setting"],
+        # of a start given by its path, the run's directory
+        setting=re.sub(r"(init_from=)\S*?([^/\s]+)/[^/\s]+(?!\S)", r"\1\2", first["setting"]),
         metric=first["primary"]["name"],
         higher_is_better=first["primary"]["higher_is_better"],
         size=statistics.mean(r["sizes"]["file"] for r in group),

@@ -116,3 +116,10 @@ def test_a_thousand_records_are_a_table_in_a_second() -> None:
     began = time.perf_counter()
     assert len(rows(records)) == 1000
     assert time.perf_counter() - began < 1
+
+
+def test_a_start_given_by_its_path_is_shown_by_its_run() -> None:
+    record = fake("a", 1000, 80.0)
+    for given, shown in (("runs/vit/float/ab12/model.safetensors", "ab12"), ("float", "float"), ("x.safetensors",) * 2):
+        record["setting"] = f"bits=2 init_from={given} J=0"
+        assert rows([record])[0].setting == f"bits=2 init_from={shown} J=0"
