@@ -16,8 +16,9 @@ from torch import distributed
 from src import record
 from src.artifact import Artifact
 from src.errors import BitfrontError
-from src.quant.calibration import Calibration, PostTraining
+from src.quant.calibration import PostTraining
 from src.quant.core import Method, QuantizedModel
+from src.quant.plan import Calibration
 from src.record import Run
 from src.tasks.core import Task, processes, to_device
 from src.tracking import Tracker

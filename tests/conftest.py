@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.quant.calibration import Calibration, PostTraining
+from src.quant.calibration import PostTraining
 from src.quant.core import Method, QuantizedModel
+from src.quant.plan import Calibration
 
 REPOSITORY = Path(__file__).parents[1]
 

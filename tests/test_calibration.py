@@ -17,11 +17,11 @@ from torchaudio.models import Conformer
 
 from src.errors import BitfrontError
 from src.quant.blockwise import Captured, Tuning
-from src.quant.calibration import Calibration, plan
 from src.quant.core import Frozen, eligible
 from src.quant.decoupleq import DecoupleQ
 from src.quant.gptq import GPTQ
 from src.quant.inputs import Accumulator, Moments, Watch
+from src.quant.plan import Calibration, plan
 from src.quant.rtn import RTN
 
 
