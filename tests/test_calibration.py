@@ -313,6 +313,19 @@ def test_tuning_is_never_worse_on_what_is_held_out_and_refuses_what_is_not_finit
         DecoupleQ(bits=4, J=20, block_lr=1e30, min_size=0.0005).attach(network, data)
 
 
+def test_the_block_wise_stage_makes_up_for_the_errors_of_earlier_blocks() -> None:
+    def error(**options: Any) -> float:
+        network, data = small()
+        wanted = output(network, data)
+        model = DecoupleQ(bits=2, min_size=0.0005, **options).attach(network, data).eval()
+        return (output(model, data) - wanted).square().mean().item()
+
+    without, paper, ours = error(J=0), error(J=8, target="block"), error(J=8)
+    assert ours < 0.95 * paper < 0.9 * without
+    with pytest.raises(BitfrontError, match=r"quant\.target is one of network, block"):
+        DecoupleQ(target="layer")
+
+
 def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
     method = DecoupleQ(bits=2, J=2, min_size=0.0005)
     network, data = small()

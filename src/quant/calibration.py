@@ -3,7 +3,8 @@
 For each block of the network, in the order in which they are called:
 
 1. its inputs are captured from a forward of the network so far, whose earlier blocks are quantized already;
-2. what the block, still float, makes of them is kept as the target;
+2. the target is kept: what the float network gives there, or, as in the paper, what the block, still float, makes of
+   these inputs;
 3. layer by layer, the second moments ``H = E[x xᵀ]`` of the inputs are measured and the method solves for the weight;
    layers that share an input share its ``H``;
 4. the values of all codes of the block, and its norms, are tuned so that its output is closest to the target.
@@ -11,6 +12,7 @@ For each block of the network, in the order in which they are called:
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import sys
@@ -33,6 +35,8 @@ from src.quant.core import Frozen, Method, QuantizedModel, Quantizer, check, che
 from src.quant.inputs import Accumulator, Moments, Watch
 from src.quant.plan import Calibration, Unit, plan
 
+TARGETS = ("network", "block")
+
 
 @dataclass(kw_only=True)
 class PostTraining(Method):
@@ -42,6 +46,8 @@ class PostTraining(Method):
         samples: of the training data, to calibrate on.
         batch_size: of the calibration and of the block-wise stage.
         J: most epochs of the block-wise stage (the paper's J), 0 for none.
+        target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
+            errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
@@ -53,6 +59,7 @@ class PostTraining(Method):
     samples: int = 1024
     batch_size: int = 32
     J: int = 0
+    target: str = "network"
     held_out: float = 0.125
     patience: int = 2
     block_lr: float = 1e-3
@@ -64,6 +71,7 @@ class PostTraining(Method):
         super().__post_init__()
         check(self.samples > 0 and self.batch_size > 0, "quant.samples and quant.batch_size are positive")
         check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
+        check(self.target in TARGETS, f"quant.target is one of {', '.join(TARGETS)}, got {self.target}")
         check(0 <= self.held_out < 1 and self.patience > 0, "quant.held_out is in 0..1 and quant.patience is positive")
 
     @property
@@ -153,12 +161,13 @@ def _walk(
     packed: dict[str, Packed] = {}
     log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     units = plan(network, weights, data) if weights else []
+    reference = copy.deepcopy(network) if method.J > 0 and method.target == "network" else network
     bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)
         state = _load(data.states, n, unit)
         if state is None:
-            state = quantize(network, method, unit, weights, data, n)
+            state = quantize(network, reference, method, unit, weights, data, n)
             _save(data.states, n, state)
         for name, fields in state["packed"].items():
             packed[name] = Packed(**fields)
@@ -172,21 +181,26 @@ def _walk(
 
 @torch.no_grad()
 def quantize(
-    network: nn.Module, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], data: Calibration, n: int
+    network: nn.Module,
+    reference: nn.Module,
+    method: PostTraining,
+    unit: Unit,
+    weights: dict[str, nn.Parameter],
+    data: Calibration,
+    n: int,
 ) -> dict[str, Any]:
-    """Quantize the n-th block in place; return its state."""
+    """Quantize the n-th block in place, tuned to give what it gives in the reference; return its state."""
     began = time.perf_counter()
     block, prefix = network.get_submodule(unit.block), f"{unit.block}." if unit.block else ""
     device = next(network.parameters()).device
     tuned = method.J > 0 and bool(unit.block) and next(block.children(), None) is not None
     inputs = capture(network, unit, data)
-    targets: list[Any] = []
     layers: list[dict[str, Any]] = []
     packed: dict[str, Packed] = {}
 
-    def forward(captured: Captured) -> Any:
+    def forward(captured: Captured, whole: nn.Module = network) -> Any:
         args, kwargs = captured.on(device)
-        return block(*args, **kwargs) if unit.block else data.run(network, *args)
+        return whole.get_submodule(unit.block)(*args, **kwargs) if unit.block else data.run(whole, *args)
 
     def solve(name: str, moments: Moments | None) -> None:
         started, w = time.perf_counter(), weights[name]
@@ -198,8 +212,10 @@ def quantize(
         w.data.copy_(quantized)
         layers.append(entry | details | {"seconds": time.perf_counter() - started})
 
+    targets: list[Any] = []
     if tuned:
-        targets = [on_cpu(forward(captured)) for captured in inputs]
+        undisturbed = inputs if reference is network else capture(reference, unit, data)
+        targets = [on_cpu(forward(captured, reference)) for captured in undisturbed]
     for stage in unit.stages:
         sums = Accumulator(stage[0])
         for captured in inputs:
