@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from src.errors import BitfrontError
@@ -69,6 +70,18 @@ class Training(pl.LightningModule):
         self.model, self.task, self.method, self.checkpoint, self.on_epoch = model, task, method, checkpoint, log
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.best: dict[str, Any] | None = None  # score of the best epoch, and its state
+        self.average = None
+        if task.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(task.ema)).requires_grad_(False)
+
+    @property
+    def result(self) -> QuantizedModel:
+        """What is validated and kept: the model, or its average."""
+        if self.average is None:
+            return self.model
+        assert isinstance(self.average.module, QuantizedModel)
+        return self.average.module
 
     def configure_optimizers(self) -> Any:
         own = list(self.model.quantizers.parameters())
@@ -76,7 +89,7 @@ class Training(pl.LightningModule):
         main = self.task.optimizer([*self.model.network.parameters(), *([] if extra else own)])
         chain = Chain([main, *([extra] if extra else [])])
         steps = self.trainer.estimated_stepping_batches
-        schedules = [lambda step: self.task.lr_factor(min(step / steps, 1.0))] * len(main.param_groups)
+        schedules = [lambda step: self.task.lr_factor(step, int(steps))] * len(main.param_groups)
         constant = [lambda step: 1.0] * (len(chain.param_groups) - len(main.param_groups))
         return {
             "optimizer": chain,
@@ -85,7 +98,8 @@ class Training(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         # Lightning sets the epoch, too, but on resuming only after it has started to iterate.
-        return self.task.loader("train", epoch=len(self.history))
+        parts = self.trainer.accumulate_grad_batches
+        return self.task.loader("train", epoch=len(self.history), parts=parts)
 
     def on_train_epoch_start(self) -> None:
         # Every draw of an epoch depends on (seed, epoch, process) alone: a resumed run repeats it.
@@ -97,7 +111,14 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.task.loss(self.model, batch)
         self.total += loss.detach()
-        return loss + self.method.penalty * self.model.megabytes() if self.method.penalty else loss
+        if self.method.penalty:
+            return loss + self.method.penalty / self.task.summed * self.model.megabytes()
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def on_train_epoch_end(self) -> None:
         # The same number in every process, so that all of them go on or stop.
@@ -106,15 +127,32 @@ class Training(pl.LightningModule):
             raise BitfrontError(
                 f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again"
             )
-        self.model.eval()
-        numbers = {f"valid/{k}": v for k, v in self.task.evaluate(self.model, "valid", self.device).items()}
+        result = self.result.eval()
+        numbers = {f"valid/{k}": v for k, v in self.task.evaluate(result, "valid", self.device).items()}
         with torch.no_grad():
-            numbers["size_mb"] = self.model.megabytes().item()
+            numbers["size_mb"] = result.megabytes().item()
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": self.current_epoch + 1, "train/loss": loss, **numbers})
+        if self.task.keep == "best":
+            self.compare(numbers)
         self.on_epoch(self.history[-1])
         self.save()
         self.model.train()
+
+    def compare(self, numbers: dict[str, float]) -> None:
+        """Keep a copy of the model if it is the best so far: small enough, or else the smallest."""
+        name, higher = self.task.primary
+        excess = max(numbers["size_mb"] - self.task.max_size, 0.0) if self.task.max_size else 0.0
+        score = [-excess, numbers[f"valid/{name}"] * (1 if higher else -1)]
+        if self.best is None or score > self.best["score"]:
+            state = {key: t.detach().cpu().clone() for key, t in self.result.state_dict().items()}
+            self.best = {"score": score, "state": state}
+
+    def on_fit_end(self) -> None:
+        if self.best is not None:
+            self.model.load_state_dict(self.best["state"])
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
 
     def save(self) -> None:
         """Leave the state behind atomically."""
@@ -131,19 +169,20 @@ class Training(pl.LightningModule):
             ) from None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["bitfront"] = {"history": self.history, "seconds": self.seconds}
+        checkpoint["bitfront"] = {"history": self.history, "seconds": self.seconds, "best": self.best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.history, self.seconds = checkpoint["bitfront"]["history"], checkpoint["bitfront"]["seconds"]
+        self.history, self.seconds, self.best = (checkpoint["bitfront"][key] for key in ("history", "seconds", "best"))
 
 
 class Progress(pl.Callback):
     """One bar over the whole training with the last epoch's numbers; in a log file, a line every half minute."""
 
     def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+        parts = trainer.accumulate_grad_batches
         self.bar = tqdm(
-            total=int(trainer.estimated_stepping_batches),
-            initial=trainer.global_step,
+            total=int(trainer.estimated_stepping_batches) * parts,
+            initial=trainer.global_step * parts,
             disable=not trainer.is_global_zero,
             mininterval=0.1 if sys.stderr.isatty() else 30,
             unit="step",
@@ -194,21 +233,23 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
 
     Args:
         training: holds the model, which is trained in place, and the history.
-        trainer: ``accelerator``, ``devices``, ``precision`` of the configuration.
+        trainer: ``accelerator``, ``devices``, ``precision`` and ``accumulate_grad_batches`` of the configuration.
 
     Raises:
         BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or that
             is damaged.
     """
     quiet()
-    if trainer["devices"] < 1:
-        raise BitfrontError(f"trainer.devices is positive, got {trainer['devices']}")
+    for name in ("devices", "accumulate_grad_batches"):
+        if trainer[name] < 1:
+            raise BitfrontError(f"trainer.{name} is positive, got {trainer[name]}")
     checkpoint = training.checkpoint if training.checkpoint.is_file() else None
     if checkpoint and not zipfile.is_zipfile(checkpoint):
         raise BitfrontError(f"'{checkpoint}' is damaged; delete it and run again, training then starts over")
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
         max_epochs=training.task.epochs,
+        gradient_clip_val=training.task.clip or None,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

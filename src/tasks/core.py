@@ -26,10 +26,16 @@ class Task:
         smoke: shrink network, data and recipe to seconds, on generated data and no files.
         epochs, batch_size, lr, weight_decay: the training recipe; batch_size is over all processes.
         warmup: share of the steps with a linearly rising learning rate, before a cosine to zero.
+        clip: largest norm of the gradient; 0 for any.
+        ema: decay per step of an average of the weights, which then is what is validated and kept; 0 for none.
+        keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split.
+        max_size: MB that the best may have at most; 0 for any.
+        workers: processes that load training data, whose augmentation depends on their number; 0 loads it in this one.
     """
 
     primary: ClassVar[tuple[str, bool]]  # name of the headline metric; whether higher is better
     percent: ClassVar[tuple[str, ...]] = ()  # metrics given in percent
+    summed: ClassVar[int] = 1  # of how many terms the loss is the mean, where a penalty is meant for their sum
 
     data_root: str
     seed: int
@@ -39,16 +45,29 @@ class Task:
     lr: float
     weight_decay: float
     warmup: float
+    clip: float = 0.0
+    ema: float = 0.0
+    keep: str = "last"
+    max_size: float = 0.0
+    workers: int = 0
     _splits: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise BitfrontError(f"train.{name} is positive, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise BitfrontError(f"seed is not negative, got {self.seed}")
+        for name, fits in {
+            "seed": self.seed >= 0,
+            "train.clip": self.clip >= 0,
+            "train.ema": 0 <= self.ema < 1,
+            "train.keep": self.keep in ("last", "best"),
+            "train.max_size": self.max_size >= 0,
+            "train.workers": self.workers >= 0,
+        }.items():
+            if not fits:
+                raise BitfrontError(f"{name}={getattr(self, name.removeprefix('train.'))} is out of range")
         if self.smoke:
-            self.epochs, self.batch_size = min(self.epochs, 2), min(self.batch_size, 32)
+            self.epochs, self.batch_size, self.workers = min(self.epochs, 2), min(self.batch_size, 32), 0
 
     def model(self) -> nn.Module:
         """A fresh float network; the caller seeds."""
@@ -99,27 +118,34 @@ class Task:
             groups.setdefault(self.weight_decay if p.dim() > 1 else 0.0, []).append(p)
         return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for decay, ps in groups.items()], lr=self.lr)
 
-    def lr_factor(self, progress: float) -> float:
-        """Learning rate as a share of ``lr`` at ``progress`` in 0..1 of the training."""
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Learning rate as a share of ``lr`` after ``step`` of ``steps``."""
+        progress = min(step / steps, 1.0)
         if progress < self.warmup:
             return (progress + 1e-3) / (self.warmup + 1e-3)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    def loader(self, split: str, epoch: int = 0, shared: bool = True) -> DataLoader:
+    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
         """Batches of a split.
 
         Args:
             split: "train" is shuffled by (seed, epoch).
             epoch: of the training.
             shared: out over the processes; else each process draws all.
+            parts: that a batch comes in.
         """
         if split not in self._splits:
             self._splits[split] = self.dataset(split)
         dataset = self._splits[split]
         rank, world = processes() if shared else (0, 1)
-        batches = EpochBatches(len(dataset), self.batch_size, self.seed if split == "train" else None, rank, world)
+        if self.batch_size % (world * parts):
+            among = f"{world} processes" + (f" and {parts} parts" if parts > 1 else "")
+            raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
+        size = self.batch_size // (world * parts)
+        batches = EpochBatches(len(dataset), size, self.seed if split == "train" else None, rank, world)
         batches.set_epoch(epoch)
-        return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator)
+        workers = self.workers if split == "train" else 0
+        return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
 
     @torch.no_grad()
     def evaluate(
@@ -155,16 +181,14 @@ class EpochBatches(Sampler[list[int]]):
 
     Args:
         n: size of the data set.
-        batch_size: over all processes; each process draws its share of every batch.
+        batch_size: of one process, which draws its share of the indices.
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
         rank, world: number of this process, and of all.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
-        if batch_size % world:
-            raise BitfrontError(f"train.batch_size={batch_size} does not divide among {world} processes")
-        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size // world, seed, rank, world
+        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
         self.set_epoch(0)

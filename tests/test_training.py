@@ -1,0 +1,105 @@
+"""The training loop: averaging, choosing the best epoch, clipping, batches in parts, the unit of the penalty."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src import config
+from src.cell import build, build_task
+from src.errors import BitfrontError
+from src.tasks.core import Task
+from src.training import Training, fit
+
+TRAINER = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "accumulate_grad_batches": 1}
+
+
+class Recorded(Training):
+    """Keeps the network's weights and the gradients' norm of every step."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        parameters = list(self.model.network.parameters())
+        self.steps = [*getattr(self, "steps", []), [p.detach().clone() for p in parameters]]
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        self.norms = [*getattr(self, "norms", []), norm.item()]
+
+
+def trained(path: Path, method: str = "float", trainer: dict[str, Any] | None = None, **fields: Any) -> Recorded:
+    cell = config.load(["task=vit", f"quant={method}", "smoke=true"])
+    task: Task = build_task(cell)
+    for name, value in fields.items():
+        setattr(task, name, value)
+    torch.manual_seed(0)
+    quantization = build(cell["quant"])
+    training = Recorded(quantization.attach(task.model()), task, quantization, path / "last.ckpt", lambda numbers: None)
+    fit(training, TRAINER | (trainer or {}))
+    return training
+
+
+def weights(training: Training) -> list[Tensor]:
+    return [p.detach() for p in training.model.network.parameters()]
+
+
+def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
+    training = trained(tmp_path, ema=0.8)
+    expected = training.steps[0]
+    for step in training.steps[1:]:
+        expected = [0.8 * mean + 0.2 * w for mean, w in zip(expected, step, strict=True)]
+    for mean, kept in zip(expected, weights(training), strict=True):
+        torch.testing.assert_close(kept, mean)
+    numbers = training.task.evaluate(training.model.eval(), "valid")
+    assert numbers["loss"] == pytest.approx(training.history[-1]["valid/loss"], rel=1e-5)
+
+
+def test_the_best_epoch_is_kept_also_after_an_interruption(tmp_path: Path) -> None:
+    training = trained(tmp_path, epochs=4, keep="best", lr=0.03)
+    best = max(numbers["valid/top1"] for numbers in training.history)
+    assert training.task.evaluate(training.model.eval(), "valid")["top1"] == pytest.approx(best)
+    again = trained(tmp_path, epochs=4, keep="best", lr=0.03)  # resumes a finished training
+    assert not hasattr(again, "steps")
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(training), strict=True))
+
+
+def test_what_is_too_large_is_not_the_best(tmp_path: Path) -> None:
+    training = trained(tmp_path, "diffq", keep="best", max_size=0.02)
+    for size, top1, best in ((0.05, 90.0, True), (0.03, 50.0, True), (0.02, 40.0, True), (0.01, 30.0, False)):
+        if size == 0.05:
+            training.best = None
+        before = copy.copy(training.best)
+        training.compare({"size_mb": size, "valid/top1": top1})
+        assert (training.best != before) == best, size
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    assert max(trained(tmp_path / "a").norms) > 0.1
+    assert max(trained(tmp_path / "b", clip=0.01).norms) <= 0.01 * (1 + 1e-5)
+
+
+def test_a_batch_in_parts_gives_the_same_training(tmp_path: Path) -> None:
+    fields = {"drop_path": 0.0}  # which draws per part
+    whole = trained(tmp_path / "a", **fields)
+    parts = trained(tmp_path / "b", trainer={"accumulate_grad_batches": 4}, **fields)
+    assert len(whole.steps) == len(parts.steps)
+    for a, b in zip(weights(whole), weights(parts), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BitfrontError, match="batch_size=32 does not divide among 1 processes and 5 parts"):
+        trained(tmp_path / "c", trainer={"accumulate_grad_batches": 5})
+
+
+def test_a_penalty_for_a_summed_loss_is_divided(tmp_path: Path) -> None:
+    training = trained(tmp_path, "diffq", epochs=1)
+    model, batch = training.model.train(), next(iter(training.task.loader("train")))
+    training.total = torch.zeros(())
+    training.method.penalty = 3.0
+    losses = []
+    for summed in (1, 100):
+        training.task.summed = summed  # type: ignore[misc]
+        torch.manual_seed(0)
+        losses.append(training.training_step(batch, 0).item())
+    assert losses[0] - losses[1] == pytest.approx(3.0 * 0.99 * model.megabytes().item(), rel=1e-3)
