@@ -59,8 +59,13 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     choices = plain.pop("hydra")["runtime"]["choices"]
     cell = {str(key): value for key, value in plain.items()}
     names = {group: choices[group] for group in GROUPS}
-    words = [f"{knob}={cell[knob]}" for n, (knob, v) in enumerate(_knobs(names["quant"])) if n == 0 or cell[knob] != v]
-    shown = ("task.", "train.", "quant.", "init_from=", "trainer.precision=")
+    words = [
+        f"{knob}={cell[knob]}"
+        for n, (knob, v) in enumerate(_knobs("quant", names["quant"]))
+        if n == 0 or cell[knob] != v
+    ]
+    shown = (*(f"{knob}=" for knob, _ in _knobs("task", names["task"])), "task.", "train.", "quant.", "init_from=")
+    shown += ("trainer.precision=",)
     usual = _compose([f"{group}={name}" for group, name in names.items()])
     for override in overrides:
         key = override.partition("=")[0]
@@ -144,13 +149,10 @@ def usage() -> str:
         "  python -m src.run task=vit quant=diffq penalty=5",
         "  python -m src.run -m task=vit quant=diffq penalty=0.5,1,2,5,10    a sweep; finished cells are skipped",
         "",
-        "Tasks (task=):",
+        "Tasks (task=) and their knobs:",
     ]
-    lines += [f"  {name:14}{_description('task', name)}" for name in options("task")]
-    lines += ["", "Methods (quant=) and their knobs:"]
-    for name in options("quant"):
-        knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(name))
-        lines += [f"  {name:14}{_description('quant', name)}"] + ([f"{'':16}{knobs}"] if knobs else [])
+    lines += _listed("task")
+    lines += ["", "Methods (quant=) and their knobs:", *_listed("quant")]
     lines += ["", "Every cell:"]
     for key, value in _shared().items():
         if key not in ("defaults", "hydra"):
@@ -256,10 +258,22 @@ def _shared() -> dict[str, Any]:
     return yaml.safe_load((CONF / "config.yaml").read_text())
 
 
-def _knobs(method: str) -> list[tuple[str, Any]]:
-    """The keys that a method's yaml declares at top level, with their defaults."""
-    keys = yaml.safe_load((CONF / "quant" / f"{method}.yaml").read_text())
-    return [(key, value) for key, value in keys.items() if key not in ("quant", "init_from", "defaults")]
+def _knobs(group: str, name: str) -> list[tuple[str, Any]]:
+    """The keys that a task's or method's yaml, or one that it builds on, declares at top level, with their defaults."""
+    keys = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    base = next((part for part in keys.get("defaults", []) if part != "_self_"), None)
+    knobs = dict(_knobs(group, base)) if base else {}
+    knobs |= {key: value for key, value in keys.items() if key not in (*GROUPS, "train", "init_from", "defaults")}
+    return list(knobs.items())
+
+
+def _listed(group: str) -> list[str]:
+    """The help's lines on a group."""
+    lines = []
+    for name in options(group):
+        knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(group, name))
+        lines += [f"  {name:22}{_description(group, name)}"] + ([f"{'':24}{knobs}"] if knobs else [])
+    return lines
 
 
 def _description(group: str, name: str) -> str:

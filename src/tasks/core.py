@@ -26,10 +26,13 @@ class Task:
         smoke: shrink network, data and recipe to seconds, on generated data and no files.
         epochs, batch_size, lr, weight_decay: the training recipe; batch_size is over all processes.
         warmup: share of the steps with a linearly rising learning rate, before a cosine to zero.
+        pretrained: ``initial`` is trained already, so that the float cell only measures it.
         clip: largest norm of the gradient; 0 for any.
         ema: decay per step of an average of the weights, which then is what is validated and kept; 0 for none.
         keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split.
         max_size: MB that the best may have at most; 0 for any.
+        repeats: how often a sample is drawn in a row, each time augmented anew ("repeated augmentation", arXiv
+            1901.09335); an epoch has as many draws as there are samples.
         workers: processes that load training data, whose augmentation depends on their number; 0 loads it in this one.
     """
 
@@ -45,10 +48,12 @@ class Task:
     lr: float
     weight_decay: float
     warmup: float
+    pretrained: bool = False
     clip: float = 0.0
     ema: float = 0.0
     keep: str = "last"
     max_size: float = 0.0
+    repeats: int = 1
     workers: int = 0
     _splits: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -62,6 +67,7 @@ class Task:
             "train.ema": 0 <= self.ema < 1,
             "train.keep": self.keep in ("last", "best"),
             "train.max_size": self.max_size >= 0,
+            "train.repeats": self.repeats >= 1,
             "train.workers": self.workers >= 0,
         }.items():
             if not fits:
@@ -72,6 +78,10 @@ class Task:
     def model(self) -> nn.Module:
         """A fresh float network; the caller seeds."""
         raise NotImplementedError
+
+    def initial(self) -> nn.Module:
+        """The network that a run begins with: fresh, or pretrained; the caller seeds."""
+        return self.model()
 
     def dataset(self, split: str) -> Any:
         """The "train", "valid" or "test" split: has a length; indexing with a list of integers gives a batch."""
@@ -142,7 +152,8 @@ class Task:
             among = f"{world} processes" + (f" and {parts} parts" if parts > 1 else "")
             raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
         size = self.batch_size // (world * parts)
-        batches = EpochBatches(len(dataset), size, self.seed if split == "train" else None, rank, world)
+        repeats = self.repeats if split == "train" else 1
+        batches = EpochBatches(len(dataset), size, self.seed if split == "train" else None, rank, world, repeats)
         batches.set_epoch(epoch)
         workers = self.workers if split == "train" else 0
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
@@ -185,10 +196,14 @@ class EpochBatches(Sampler[list[int]]):
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
         rank, world: number of this process, and of all.
+        repeats: of each index, spread over the processes; the epoch ends after ``n`` draws.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1, repeats: int = 1
+    ) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.repeats = repeats
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
         self.set_epoch(0)
@@ -203,6 +218,7 @@ class EpochBatches(Sampler[list[int]]):
         if self.seed is None:
             return list(range(self.rank, self.n, self.world))
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        order = np.repeat(order, self.repeats)[: self.n]
         order = np.resize(order, -(-self.n // self.world) * self.world)
         return order[self.rank :: self.world].tolist()
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from src.data.imagenet import Photos, photos
 from src.data.images import Images, class_folders, digits, generated
 from src.errors import BitfrontError
+from src.models.images import NETWORKS
 from src.tasks.core import Task
 
 
 @dataclass(kw_only=True)
-class Vision(Task):
-    """A timm vision transformer on small images.
+class Classification(Task):
+    """What all image classification has in common.
 
     Attributes:
         data: "digits" (bundled with scikit-learn), or a folder of ``data_root`` with ``{train,test}/<class>/*``.
         classes, channels, image_size: of the data.
-        patch_size, dim, depth, heads, drop_path: of the transformer.
         label_smoothing: of the training loss.
         crop: augmentation of folders: shift by up to ``crop`` pixels and mirror; 0 for none.
     """
@@ -34,13 +38,59 @@ class Vision(Task):
     classes: int
     channels: int
     image_size: int
+    label_smoothing: float
+    crop: int
+
+    def dataset(self, split: str) -> Any:
+        if self.smoke:
+            return generated(split, self.classes, self.channels, self.image_size)
+        if self.data == "digits":
+            return digits(split)
+        return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
+
+    def undisturbed(self, dataset: Any) -> Any:
+        return replace(dataset, crop=0) if isinstance(dataset, Images) else dataset
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Pixels in 0..1, moved around zero with about unit variance on natural images."""
+        return (x - 0.45) / 0.3
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        smoothing = 0.0 if y.is_floating_point() else self.label_smoothing  # mixed labels are smooth already
+        return nn.functional.cross_entropy(net(self.normalized(x)), y, label_smoothing=smoothing)
+
+    def metrics(self, **options: Any) -> MetricCollection:
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro", **options),
+                "top5": MulticlassAccuracy(self.classes, top_k=min(5, self.classes), average="micro", **options),
+                "loss": MeanMetric(**options),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = net(self.normalized(x))
+        metrics["top1"].update(logits, y)
+        metrics["top5"].update(logits, y)
+        metrics["loss"].update(nn.functional.cross_entropy(logits, y), weight=len(y))
+
+
+@dataclass(kw_only=True)
+class Vision(Classification):
+    """A vision transformer of any size on small images.
+
+    Attributes:
+        patch_size, dim, depth, heads, drop_path: of the transformer.
+    """
+
     patch_size: int
     dim: int
     depth: int
     heads: int
     drop_path: float
-    label_smoothing: float
-    crop: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,38 +116,172 @@ class Vision(Task):
             weight_init="jax",  # Xavier; timm's default of 0.02 hardly trains at these widths
         )
 
-    def dataset(self, split: str) -> Images:
+
+@dataclass(kw_only=True)
+class KnownNetwork(Classification):
+    """A network from the literature, by its name.
+
+    Attributes:
+        network: a name in ``models/images.py``.
+        mean, std: of the pixels in 0..1, one value for all channels or one for each.
+        optim: "adamw" as in ``Task``; or "sgd" (Nesterov) or "rmsprop" with ``momentum``, which decay all weights.
+        schedule: after the warm-up, "cosine" to ``min_lr``, or "step": times ``decay`` every ``period`` epochs.
+    """
+
+    network: str
+    mean: list[float]
+    std: list[float]
+    optim: str
+    momentum: float
+    schedule: str
+    period: float
+    decay: float
+    min_lr: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, choices in {"optim": ("adamw", "sgd", "rmsprop"), "schedule": ("cosine", "step")}.items():
+            if getattr(self, key) not in choices:
+                raise BitfrontError(f"there is no train.{key}={getattr(self, key)}; choices: {', '.join(choices)}")
+        if self.period <= 0:
+            raise BitfrontError(f"train.period is positive, got {self.period}")
+        if self.network not in (known := self.networks()):
+            close = [name for name in known if self.network in name][:5]
+            close = close or difflib.get_close_matches(self.network, known, 5)
+            raise BitfrontError(f"there is no model={self.network}; choices: {', '.join(close or known)}")
         if self.smoke:
-            return generated(split, self.classes, self.channels, self.image_size)
-        if self.data == "digits":
-            return digits(split)
-        return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
+            self.network = "resnet8"
 
-    def undisturbed(self, dataset: Images) -> Images:
-        return replace(dataset, crop=0)
+    def networks(self) -> list[str]:
+        """The choices of ``network``."""
+        return list(NETWORKS)
 
-    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(net(normalized(x)), y, label_smoothing=self.label_smoothing)
+    def model(self) -> nn.Module:
+        return NETWORKS[self.network](self.channels, self.classes)
 
-    def metrics(self, **options: Any) -> MetricCollection:
-        return MetricCollection(
-            {
-                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro", **options),
-                "top5": MulticlassAccuracy(self.classes, top_k=min(5, self.classes), average="micro", **options),
-                "loss": MeanMetric(**options),
-            },
-            compute_groups=False,
+    def normalized(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optim == "adamw":
+            return super().optimizer(parameters)
+        options: dict[str, Any] = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        if self.optim == "sgd":
+            return torch.optim.SGD(parameters, nesterov=self.momentum > 0, **options)
+        return torch.optim.RMSprop(parameters, alpha=0.9, eps=1e-3, **options)
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        floor = self.min_lr / self.lr
+        if self.schedule == "cosine":
+            return floor + (1 - floor) * super().lr_factor(step, steps)
+        rising = min(1.0, (step / steps + 1e-3) / (self.warmup + 1e-3))
+        return rising * self.decay ** (step / steps * self.epochs // self.period)
+
+
+@dataclass(kw_only=True)
+class ImageNet(KnownNetwork):
+    """A network on ImageNet, ``timm.<name>`` or ``torchvision.<name>``.
+
+    Attributes:
+        pretrained: start from the weights that the library publishes.
+        drop_path, dropout: of timm's networks.
+        crop_share: of the shorter side, in evaluation.
+        interpolation: with which images are scaled.
+        augment: timm's policy, as "rand-m9-mstd0.5-inc1"; "" for random crop and mirror alone.
+        erase: probability of erasing a part of the image.
+        mixup, cutmix: strength; 0 for none.
+        held_out: training images that validate.
+    """
+
+    drop_path: float
+    dropout: float
+    crop_share: float
+    interpolation: str
+    augment: str
+    erase: float
+    mixup: float
+    cutmix: float
+    held_out: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smoke:
+            self.classes, self.image_size, self.pretrained, self.lr = 10, 32, False, 0.01
+
+    def networks(self) -> list[str]:
+        import timm
+        import torchvision
+
+        names = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
+        return [f"{library}.{name}" for library, known in names.items() for name in known]
+
+    def model(self) -> nn.Module:
+        return super().model() if self.smoke else self._built(False)
+
+    def initial(self) -> nn.Module:
+        return self._built(True) if self.pretrained else self.model()
+
+    def _built(self, pretrained: bool) -> nn.Module:
+        library, _, name = self.network.rpartition(".")
+        try:
+            if library == "timm":
+                import timm
+
+                rates: dict[str, Any] = {"drop_path_rate": self.drop_path, "drop_rate": self.dropout}
+                return timm.create_model(name, pretrained=pretrained, num_classes=self.classes, **rates)
+            import torchvision
+
+            weights = "IMAGENET1K_V1" if pretrained else None  # which the papers start from
+            return torchvision.models.get_model(name, weights=weights, num_classes=self.classes)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BitfrontError(
+                f"no pretrained weights for {self.network} ({type(error).__name__}: {error}); they are downloaded "
+                "once and kept below ~/.cache, which can be copied; or give init_from=<artifact>"
+            ) from None
+
+    def dataset(self, split: str) -> Any:
+        if self.smoke:
+            return super().dataset(split)
+        root = Path(self.data_root) / self.data
+        return photos(root, split, self.classes, self.held_out, self._view(split == "train"), self._mixing(split))
+
+    def undisturbed(self, dataset: Any) -> Any:
+        return replace(dataset, view=self._view(False), mixing=None) if isinstance(dataset, Photos) else dataset
+
+    def normalized(self, x: Tensor) -> Tensor:
+        # Photos are normalized as they are loaded, before a part of them is erased.
+        return super().normalized(x) if self.smoke else x.contiguous(memory_format=torch.channels_last)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(parameters)
+        if self.optim == "adamw":  # neither do positions and class tokens, [1, ...], decay (DeiT)
+            for group in list(optimizer.param_groups):
+                tokens = [p for p in group["params"] if p.dim() > 1 and len(p) == 1]
+                if tokens and group["weight_decay"]:
+                    group["params"] = [p for p in group["params"] if not (p.dim() > 1 and len(p) == 1)]
+                    optimizer.add_param_group({"params": tokens, "weight_decay": 0.0})
+        return optimizer
+
+    def _view(self, training: bool) -> Callable[[Any], Tensor]:
+        from timm.data import create_transform
+
+        return create_transform(
+            self.image_size,
+            is_training=training,
+            auto_augment=self.augment or None,
+            color_jitter=0.0,
+            re_prob=self.erase,
+            re_mode="pixel",
+            interpolation=self.interpolation,
+            crop_pct=self.crop_share,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
         )
 
-    def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        x, y = batch
-        logits = net(normalized(x))
-        metrics["top1"].update(logits, y)
-        metrics["top5"].update(logits, y)
-        metrics["loss"].update(nn.functional.cross_entropy(logits, y), weight=len(y))
+    def _mixing(self, split: str) -> Any:
+        from timm.data import Mixup
 
-
-def normalized(x: Tensor) -> Tensor:
-    """Pixels in 0..1, moved around zero with about unit variance on natural images."""
-    return (x - 0.45) / 0.3
+        if split != "train" or not (self.mixup or self.cutmix):
+            return None
+        return Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
