@@ -17,6 +17,8 @@ FORBIDDEN = {
     "src/quant": FRAMEWORKS | {"src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
     "src/tasks": FRAMEWORKS | {"src.quant", "src.training", "src.cell", "src.run", "src.record", "src.artifact"},
     "src/data": FRAMEWORKS | {"src.quant", "src.tasks", "src.training", "src.cell", "src.run", "src.record"},
+    "src/models": FRAMEWORKS
+    | {"src.quant", "src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
     "src/training.py": {"hydra", "wandb", "omegaconf", "src.run", "src.cell"},
     "src/record.py": FRAMEWORKS | {"torch", "src.quant", "src.tasks", "src.artifact"},
     "src/report.py": {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"},

@@ -1,0 +1,119 @@
+"""Download a public data set into the folders that the tasks read, where torchvision or torchaudio know it.
+
+    python -m src.fetch cifar10 data_root=data
+    python -m src.fetch librispeech subset=dev-clean
+
+What is there already is not downloaded again. ImageNet, WikiText-103 and MIR-1K have no downloader: the tasks say where
+they come from and where they are expected.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from src import config
+from src.errors import BitfrontError
+
+OPTIONS = {"data_root": "data", "subset": "train-clean-100"}
+
+
+def main() -> None:
+    """Fetch the set that the command line names."""
+    try:
+        words = sys.argv[1:]
+        name = words[0] if words else "--help"
+        if name in ("-h", "--help"):
+            Console(highlight=False).print(f"{__doc__}\nSets: {', '.join(SETS)}")
+            return
+        if name not in SETS:
+            raise BitfrontError(f"there is no set '{name}'; choices: {', '.join(SETS)}")
+        chosen = config.parse(words[1:], OPTIONS)
+        folder = fetch(name, Path(chosen["data_root"]), chosen["subset"])
+        Console(highlight=False).print(f"{name}: {folder}")
+    except BitfrontError as error:
+        sys.exit(f"error: {error}")
+
+
+def fetch(name: str, root: Path, subset: str) -> Path:
+    """Download a set and bring it into its layout.
+
+    Args:
+        name: one of ``SETS``.
+        root: of the data sets.
+        subset: of LibriSpeech.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        BitfrontError: there is no such subset, no network, no room, or the download is damaged.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return SETS[name](root, subset)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BitfrontError(
+            f"could not fetch {name} ({type(error).__name__}: {error}); it needs a network and room in '{root}'; or "
+            "copy the set there from a machine that has it"
+        ) from None
+
+
+def cifar(name: str) -> Callable[[Path, str], Path]:
+    """CIFAR-10 or -100 as class folders of PNG files, lossless."""
+
+    def get(root: Path, subset: str) -> Path:
+        from torchvision import datasets
+
+        folder = root / name
+        if folder.is_dir():
+            return folder
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+            kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+            for part in ("train", "test"):
+                images = kind(temporary, train=part == "train", download=True)
+                numbers = dict.fromkeys(images.classes, 0)
+                for label in images.classes:
+                    (Path(temporary) / name / part / label).mkdir(parents=True)
+                for image, target in images:
+                    label = images.classes[target]
+                    image.save(Path(temporary) / name / part / label / f"{numbers[label]:04}.png")
+                    numbers[label] += 1
+            os.replace(Path(temporary) / name, folder)
+        return folder
+
+    return get
+
+
+def librispeech(root: Path, subset: str) -> Path:
+    """A subset of LibriSpeech, ``LibriSpeech/<subset>/<speaker>/<chapter>/*.flac``."""
+    from torchaudio.datasets import LIBRISPEECH
+
+    LIBRISPEECH(str(root), url=subset, download=True)
+    return root / "LibriSpeech" / subset
+
+
+def musdb18hq(root: Path, subset: str) -> Path:
+    """MUSDB18-HQ, ``musdb18hq/{train,test}/<song>/*.wav``."""
+    from torchaudio.datasets import MUSDB_HQ
+
+    for part in ("train", "test"):
+        MUSDB_HQ(str(root), part, download=True)
+    return root / "musdb18hq"
+
+
+SETS: dict[str, Callable[[Path, str], Path]] = {
+    "cifar10": cifar("cifar10"),
+    "cifar100": cifar("cifar100"),
+    "librispeech": librispeech,
+    "musdb18hq": musdb18hq,
+}
+
+if __name__ == "__main__":
+    main()
