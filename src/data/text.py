@@ -59,6 +59,10 @@ class Corpus:
     sizes: Tensor
     words: dict[str, int]
 
+    def word_size(self, split: str) -> float:
+        """Bytes per word of a split."""
+        return self.sizes[self.streams[split][1:].long()].sum().item() / self.words[split]
+
     def unigram(self, split: str) -> float:
         """Bits per byte of the model that knows how frequent each token is in the training text, and nothing else; a
         token that is not there counts as seen once."""

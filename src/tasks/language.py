@@ -42,6 +42,7 @@ class Language(Task):
         context: tokens that the network sees at once.
         overlap: how many of them, in evaluation, are there as context of the others only.
         tokens: to train on in an epoch, in windows at random places; 0 for the whole text.
+        valid_tokens: to validate on, the first ones; 0 for all.
         dim, depth, heads: of the transformer.
         dropout, attention_dropout, relu_dropout, softmax_dropout, layerdrop: in training, of ``TransformerLM``.
         cutoffs: where the bands of rarer words begin that have fewer dimensions; none for one band.
@@ -55,6 +56,7 @@ class Language(Task):
     context: int
     overlap: int
     tokens: int
+    valid_tokens: int
     dim: int
     depth: int
     heads: int
@@ -72,13 +74,14 @@ class Language(Task):
             "heads": self.heads > 0 and self.dim % (2 * self.heads) == 0,
             "overlap": 0 <= self.overlap < self.context,
             "tokens": self.tokens >= 0,
+            "valid_tokens": self.valid_tokens >= 0,
             "cutoffs": [*self.cutoffs, self.vocabulary] == sorted({0, *self.cutoffs, self.vocabulary} - {0}),
             **{n: 0 <= getattr(self, n) < 1 for n in vars(self) if n.endswith(("dropout", "layerdrop"))},
         }.items():
             if not fits:
                 raise BitfrontError(
                     f"task.{name}={getattr(self, name)} does not fit: heads divide dim into even parts, overlap is "
-                    "less than context, tokens is not negative, cutoffs rise up to vocabulary, dropouts are in 0..1"
+                    "less than context, tokens are not negative, cutoffs rise up to vocabulary, dropouts are in 0..1"
                 )
         if self.smoke:
             vars(self).update(SMOKE, cutoffs=[128, 160] if self.cutoffs else [], tokens=min(self.tokens, 1024))
@@ -113,6 +116,8 @@ class Language(Task):
         stream = self.corpus.streams[split]
         if split == "train":
             return Windows(stream, self.context, drawn=self.tokens)
+        if split == "valid" and self.valid_tokens:
+            stream = stream[: self.valid_tokens + 1]
         return Windows(stream, self.context, self.overlap)
 
     def undisturbed(self, dataset: Windows) -> Windows:
@@ -139,8 +144,7 @@ class Language(Task):
     ) -> dict[str, float]:
         """All metrics; here also per word and end of line of the published text, as WikiText's perplexities are."""
         measured = super().evaluate(net, split, device, shared)
-        size = int(self.corpus.sizes[self.corpus.streams[split][1:].long()].sum())
-        return measured | {"word_ppl": 2 ** (measured["bpb"] * size / self.corpus.words[split])}
+        return measured | {"word_ppl": 2 ** (measured["bpb"] * self.corpus.word_size(split))}
 
 
 @dataclass(kw_only=True)
