@@ -16,7 +16,7 @@ from torchmetrics.text import Perplexity
 from src import config
 from src.cell import build_task
 from src.data import docstrings, text
-from src.data.text import Windows
+from src.data.corpus import SPLITS, Windows
 from src.errors import BitfrontError
 from src.evaluate import evaluate
 from src.models.transformer_lm import TransformerLM, sinusoids
@@ -309,7 +309,7 @@ def test_byte_pairs_lose_nothing(tmp_path: Path) -> None:
         split: len(PARAGRAPH.encode()) * copies for split, copies in (("train", 30), ("valid", 1), ("test", 2))
     }
     assert corpus.words["valid"] == 19 + 3
-    again = text.byte_pairs({s: (tmp_path / "books" / f"{s}.txt").read_text() for s in text.SPLITS}, 290)
+    again = text.byte_pairs({s: (tmp_path / "books" / f"{s}.txt").read_text() for s in SPLITS}, 290)
     assert all(torch.equal(again.streams[split], stream) for split, stream in corpus.streams.items())
     (tmp_path / "books" / "test.txt").write_text("Another.\n")
     text.load(tmp_path, "books", 290)
@@ -356,7 +356,7 @@ def test_docstrings_become_prose(tmp_path: Path) -> None:
     (tmp_path / "lib" / "version.py").write_text("no python")
     texts = docstrings.corpus({"lib": tmp_path / "lib"})
     assert sum(content.count("returns the model itself") for content in texts.values()) == 1
-    assert {docstrings.split_of(f"lib/f{i}.py") for i in range(60)} == set(text.SPLITS)
+    assert {docstrings.split_of(f"lib/f{i}.py") for i in range(60)} == set(SPLITS)
 
 
 @pytest.mark.slow

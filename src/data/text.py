@@ -1,32 +1,23 @@
-"""Texts as streams of tokens, and the windows of them that a language model sees.
-
-Two kinds of tokens: byte pairs learned from the training text, and the words of WikiText-103 as fairseq numbers them.
-What is made of a text is kept in ``<data_root>/generated``.
+"""Texts and their tokens: byte pairs learned from the training text, or the words of WikiText-103 as fairseq numbers
+them. What is made of a text is kept in ``<data_root>/generated``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
+from src.data.corpus import SPLITS, Corpus, kept
 from src.data.docstrings import SHA256, docstrings
 from src.errors import BitfrontError
 
-SPLITS = ("train", "valid", "test")
 BOOKS = {split: f"books/{split}.txt" for split in SPLITS}
 FILES = {
     "books": BOOKS,
@@ -41,72 +32,6 @@ ORIGINS = {
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the first words of fairseq's dictionary
 END, UNKNOWN = 2, 3
 LINES = 4096  # encoded at once
-
-
-@dataclass
-class Corpus:
-    """A text in tokens.
-
-    Attributes:
-        streams: tokens of each split, int32 ``[n + 1]``; the first is an end of line that begins the text and is no
-            part of it.
-        sizes: UTF-8 bytes that a token stands for, int64 ``[vocabulary]``.
-        words: of each split, how many words and ends of line there are in the text as it was published, which is what
-            WikiText's perplexities are per.
-    """
-
-    streams: dict[str, Tensor]
-    sizes: Tensor
-    words: dict[str, int]
-
-    def word_size(self, split: str) -> float:
-        """Bytes per word of a split."""
-        return self.sizes[self.streams[split][1:].long()].sum().item() / self.words[split]
-
-    def unigram(self, split: str) -> float:
-        """Bits per byte of the model that knows how frequent each token is in the training text, and nothing else; a
-        token that is not there counts as seen once."""
-        counts = torch.bincount(self.streams["train"][1:], minlength=len(self.sizes)).clamp(min=1).double()
-        tokens = self.streams[split][1:].long()
-        return float(-(counts / counts.sum()).log2()[tokens].sum() / self.sizes[tokens].sum())
-
-
-@dataclass
-class Windows:
-    """Windows of a stream; together they predict each token once.
-
-    Attributes:
-        stream: tokens, int32 ``[n + 1]``.
-        context: tokens in a window.
-        overlap: how many of them were predicted in the window before, and are there for their sake as context.
-        drawn: tokens an epoch, in windows at random places; 0 for all, in order.
-    """
-
-    stream: Tensor
-    context: int
-    overlap: int = 0
-    drawn: int = 0
-
-    def __post_init__(self) -> None:
-        self.last = max(len(self.stream) - 1 - self.context, 0)  # where the last window starts
-
-    def __len__(self) -> int:
-        if self.drawn:
-            return math.ceil(self.drawn / self.context)
-        return 1 + math.ceil(self.last / (self.context - self.overlap))
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens ``[batch, context + 1]``, and which of them but the first are predicted here, ``[batch, context]``."""
-        steps = torch.arange(min(self.context, len(self.stream) - 1) + 1)
-        if self.drawn:
-            starts = torch.randint(self.last + 1, (len(indices),))
-            seen = torch.zeros_like(starts)
-        else:
-            places = torch.as_tensor(indices) * (self.context - self.overlap)
-            starts = places.clamp(max=self.last)
-            before = (places - self.context + self.overlap).clamp(max=self.last) + self.context  # where that one ended
-            seen = torch.where(places > 0, before - starts, 0)
-        return self.stream[starts[:, None] + steps].long(), steps[:-1] >= seen[:, None]
 
 
 def load(root: Path, data: str, vocabulary: int) -> Corpus:
@@ -126,9 +51,9 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
         raise BitfrontError(f"there is no task.data={data}; choices: docstrings, {', '.join(FILES)}")
     paths = {split: root / path for split, path in FILES[data].items()}
     digest = hashlib.sha256()
-    for path in paths.values():
-        origin = ORIGINS[data if data in path.parts else "books"]
+    for split, path in paths.items():
         if not path.is_file() or not path.stat().st_size:
+            origin = ORIGINS[FILES[data][split].partition("/")[0]]
             raise BitfrontError(
                 f"there is no text in '{path}', {origin}; put it there, or give the folder that has {data}'s files "
                 f"({', '.join(FILES[data].values())}) with data_root=<folder>"
@@ -138,49 +63,9 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
     name = f"{data}-{digest.hexdigest()[:12]}-{vocabulary}"
     if data == "wikitext-103":
         return kept(root, name, lambda: whole_words(paths, vocabulary))
-    formatted = [split for split, path in paths.items() if "wikitext2" in path.parts]
+    formatted = [split for split, path in FILES[data].items() if path.startswith("wikitext2/")]
     texts = {split: read(path) for split, path in paths.items()}
     return kept(root, name, lambda: byte_pairs(texts, vocabulary, formatted))
-
-
-def kept(root: Path, name: str, make: Callable[[], Corpus]) -> Corpus:
-    """What ``make`` gives, kept in ``root/generated``.
-
-    Raises:
-        BitfrontError: the file is damaged or cannot be written.
-    """
-    path = root / "generated" / f"{name}.safetensors"
-    if not path.is_file():
-        corpus = make()
-        tensors = corpus.streams | {"sizes": corpus.sizes, "words": torch.tensor(list(corpus.words.values()))}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(tensors, temporary, {"sha256": checksum(tensors)})
-            os.replace(temporary, path)
-        except (OSError, safetensors.SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise BitfrontError(
-                f"cannot write '{path}' ({error}); make room, or give a data_root=<folder> that you may write to"
-            ) from None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors, recorded = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BitfrontError(f"cannot read '{path}' ({error}); delete it and run again") from None
-    if recorded != {"sha256": checksum(tensors)}:
-        raise BitfrontError(f"'{path}' is damaged; delete it and run again")
-    words = dict(zip(SPLITS, tensors["words"].tolist(), strict=True))
-    return Corpus({split: tensors[split] for split in SPLITS}, tensors["sizes"], words)
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read(path: Path) -> str:
@@ -288,16 +173,3 @@ def words_of(path: Path) -> Iterator[list[str]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield line.split()
-
-
-def generated(vocabulary: int) -> Corpus:
-    """A text in which two tokens can follow each token, one more often: for smoke runs, nothing to download."""
-    followers = np.random.default_rng(0).integers(vocabulary, size=(vocabulary, 2))
-    rng = np.random.default_rng(1)
-    streams = {}
-    for split, n in {"train": 2048, "valid": 512, "test": 512}.items():
-        stream = [0]
-        for rare in rng.random(n) < 0.2:
-            stream.append(int(followers[stream[-1], int(rare)]))
-        streams[split] = torch.tensor(stream, dtype=torch.int32)
-    return Corpus(streams, torch.ones(vocabulary, dtype=torch.int64), dict.fromkeys(SPLITS, 512))

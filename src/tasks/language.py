@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from src.data import text
-from src.data.text import Corpus, Windows
+from src.data.corpus import Corpus, Windows, generated
+from src.data.text import load
 from src.errors import BitfrontError
 from src.models.transformer_lm import TransformerLM
 from src.tasks.core import Task
@@ -89,11 +89,7 @@ class Language(Task):
     @cached_property
     def corpus(self) -> Corpus:
         """All splits: what is missing of the last is noticed before the training."""
-        return (
-            text.generated(self.vocabulary)
-            if self.smoke
-            else text.load(Path(self.data_root), self.data, self.vocabulary)
-        )
+        return generated(self.vocabulary) if self.smoke else load(Path(self.data_root), self.data, self.vocabulary)
 
     def model(self) -> nn.Module:
         return TransformerLM(
