@@ -146,11 +146,11 @@ def usage() -> str:
         "",
         "Tasks (task=):",
     ]
-    lines += [f"  {name:14}{_description('task', name)}" for name in options("task")]
+    lines += [f"  {name:18}{_description('task', name)}" for name in options("task")]
     lines += ["", "Methods (quant=) and their knobs:"]
     for name in options("quant"):
         knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(name))
-        lines += [f"  {name:14}{_description('quant', name)}"] + ([f"{'':16}{knobs}"] if knobs else [])
+        lines += [f"  {name:18}{_description('quant', name)}"] + ([f"{'':20}{knobs}"] if knobs else [])
     lines += ["", "Every cell:"]
     for key, value in _shared().items():
         if key not in ("defaults", "hydra"):
