@@ -64,7 +64,7 @@ class Separation(Task):
         super().__post_init__()
         if self.smoke:
             self.samplerate, self.segment, self.stride, self.window = 4000, 1.25, 0.25, 0.8
-            self.lr, self.museval = 3e-3, False
+            self.lr, self.museval = 1e-2, False
             self.demucs = self.demucs | {"channels": 8, "depth": 3}
             self.hdemucs, self.htdemucs = self.hdemucs | {"channels": 4}, self.htdemucs | {"channels": 8, "t_layers": 1}
         for name, fits in {
