@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from conftest import command
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class Copies(nn.Module):
 @pytest.mark.parametrize("name", NAMES)
 def test_perfect_silent_and_idle_predictors(name: str) -> None:
     separation = task(name, "smoke=true")
-    separation.museval, separation.window = False, 1e3
+    separation.shifts, separation.window = 1, 1e3
     assert all(value > 80 for value in separation.evaluate(Oracle(separation, "test", 1.0), "test").values())
     half = separation.evaluate(Oracle(separation, "test", 0.5), "test")  # 10 log10(1 / 0.5²)
     assert half["nsdr"] == pytest.approx(6.0206, abs=1e-2)
@@ -116,8 +118,19 @@ def test_sdr_of_white_noise_and_of_silence() -> None:
 def test_windows_fade_into_each_other(length: int, window: int) -> None:
     mixture = torch.randn(2, length)
     for overlap in (0, 0.25, 0.5, 0.9):
-        for estimate in separate(Copies(3, 1.0), mixture, window, overlap):
+        for estimate in separate(Copies(3, 1.0), mixture, window, overlap, [0, 3]):
             torch.testing.assert_close(estimate, mixture)
+
+
+def test_shifts_average_over_starts() -> None:
+    class Position(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.arange(float(x.shape[-1])).expand(1, 1, 1, -1)
+
+    mixture = torch.randn(1, 6)
+    mean, std = level(mixture)
+    found = (separate(Position(), mixture, 100, 0, [0, 2, 4]) - mean) / std
+    torch.testing.assert_close(found, torch.arange(6.0)[None, None] + 2)
 
 
 def tree(root: Path, folders: dict[str, list[str]], sources: list[str], samplerate: int, channels: int, n: int) -> Path:
@@ -277,6 +290,7 @@ def test_changed_or_unfinished_music_is_refused(brief: None, tmp_path: Path, mon
         ["task.stride=0"],
         ["task.overlap=1"],
         ["task.window=0"],
+        ["task.shifts=0", "task=separation_musdb"],
         ["task.repitch=2", "task=separation_musdb"],
         ["task.schedule=step", "task=separation_musdb"],
         ["task.network=tasnet", "task=separation_musdb"],
@@ -298,7 +312,6 @@ def test_the_networks_of_demucs_train_and_separate(network: str) -> None:
     loss = separation.loss(net, batch)
     loss.backward()
     assert torch.isfinite(loss) and batch.shape[-1] == separation.length
-    separation.museval = False
     assert math.isfinite(separation.evaluate(net, "test")["nsdr"])
 
 
@@ -350,6 +363,7 @@ def test_the_recipe_of_demucs_v2() -> None:
     separation, method = task("separation_musdb", "quant=diffq"), build(cell["quant"])
     assert (method.penalty, method.group_size, method.min_size, method.lr) == (3e-4, 8, 1.0, 1e-3)
     assert (separation.epochs, separation.batch_size, separation.repeat) == (180, 64, 2)
+    assert (separation.segment, separation.stride, separation.repitch, separation.shifts) == (10, 1, 0.2, 10)
     assert (separation.keep, separation.max_size, separation.ema, separation.clip) == ("best", 162, 0, 0)
     assert config.load(["task=separation_musdb"])["train"]["max_size"] == 0
     assert separation.length == 7.8 * 44100
@@ -366,11 +380,14 @@ def test_the_recipe_of_demucs_v2() -> None:
 
 def test_the_paper_s_configuration_trains_and_evaluates_from_the_official_layout(tmp_path: Path) -> None:
     validation = config.load(["task=separation_musdb"])["task"]["valid_songs"]
-    assert len(validation) == 14
+    package = importlib.util.find_spec("musdb")  # which cannot be imported without ffmpeg
+    assert package is not None and package.origin is not None
+    official = yaml.safe_load((Path(package.origin).parent / "configs" / "mus.yaml").read_text())["validation_tracks"]
+    assert len(validation) == 14 and set(validation) == set(official)
     folders = {"train": ["A - B", "C - D", *validation], "test": ["E - F", "G - H"]}
     tree(tmp_path / "musdb18hq", folders, STEMS, 44100, 2, 66150)
     words = ["task=separation_musdb", "quant=diffq", f"data_root={tmp_path}", f"root={tmp_path / 'runs'}"]
-    words += ["task.demucs.channels=8", "task.demucs.depth=3", "task.segment=0.5", "task.stride=0.05", "task.window=1"]
+    words += ["task.demucs.channels=8", "task.demucs.depth=3", "task.segment=0.5", "task.stride=0.05", "task.shifts=2"]
     words += ["train.epochs=2", "train.batch_size=8", "quant.min_size=0.01", "train.workers=2"]
     result = command("src.run", *words, "trainer.accelerator=cpu", "wandb=disabled")
     assert result.returncode == 0, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +34,7 @@ class Separation(Task):
         repitch: probability of a change of pitch and tempo.
         window, overlap: seconds that are separated at once in evaluation, and the share of them that two windows have
             in common, where they fade into each other.
+        shifts: on the test split, the mean over so many starts of the song within half a second.
         museval: whether the test split gets BSSEval v4 too, which takes as long as the music at 44.1 kHz.
         schedule: of the learning rate: "cosine" (after a warmup) or "constant".
         network: "demucs", "hdemucs" or "htdemucs".
@@ -53,6 +55,7 @@ class Separation(Task):
     repitch: float = 0.0
     window: float
     overlap: float
+    shifts: int = 1
     museval: bool = False
     schedule: str = "cosine"
     network: str = "demucs"
@@ -73,6 +76,7 @@ class Separation(Task):
             "repitch": 0 <= self.repitch <= 1,
             "overlap": 0 <= self.overlap < 1,
             "repeat": self.repeat > 0,
+            "shifts": self.shifts > 0,
             "stride": self.stride > 0,
             "segment": self.length > 0,
             "window": self.window > 0,
@@ -133,7 +137,8 @@ class Separation(Task):
 
     def update(self, metrics: MetricCollection, net: nn.Module, batch: Tensor) -> None:
         mixture, references = batch[0], batch[1:]
-        estimates = separate(net, mixture, self._samples(self.window), self.overlap)
+        starts = [k * self.samplerate // (2 * self.shifts) for k in range(self.shifts)]
+        estimates = separate(net, mixture, self._samples(self.window), self.overlap, starts)
         metrics["global"].update(references, estimates, mixture)
         if self.museval:
             metrics["framewise"].update(references, estimates)
@@ -141,38 +146,51 @@ class Separation(Task):
     def evaluate(
         self, net: nn.Module, split: str, device: torch.device | str = "cpu", shared: bool = True
     ) -> dict[str, float]:
-        """As of every task; BSSEval is left out but on the test split, since it takes longer than the network."""
+        """As of every task. BSSEval and shifts, which take long, are left out on the validation split."""
         task = copy.copy(self)
-        task.museval = self.museval and split == "test"
+        if split != "test":
+            task.museval, task.shifts = False, 1
         return super(Separation, task).evaluate(net, split, device, shared)
 
 
-def separate(net: nn.Module, mixture: Tensor, window: int, overlap: float) -> Tensor:
-    """Estimate the sources of a whole song, in windows that fade into each other.
+def separate(net: nn.Module, mixture: Tensor, window: int, overlap: float, starts: Sequence[int] = (0,)) -> Tensor:
+    """Estimate the sources of a whole song.
 
     Args:
         net: gives ``[batch, sources, channels, length]`` of mixtures ``[batch, channels, length]``, normalized by their
             mean and standard deviation.
         mixture: ``[channels, length]``.
-        window: samples at once.
-        overlap: share of a window that the next has, too.
+        window, overlap: see ``in_windows``.
+        starts: samples of silence before the song, for each of which it is separated; the mean counts.
 
     Returns:
         ``[sources, channels, length]``.
     """
     mean, std = level(mixture)
     x = (mixture - mean) / std
+    total = torch.zeros((), device=x.device)
+    for start in starts:
+        total = total + in_windows(net, nn.functional.pad(x, (start, 0)), window, overlap)[..., start:]
+    return total / len(starts) * std + mean
+
+
+def in_windows(net: nn.Module, x: Tensor, window: int, overlap: float) -> Tensor:
+    """What a network gives for an input ``[channels, length]`` of any length, ``[sources, channels, length]``.
+
+    Args:
+        net: maps batches.
+        x: its input.
+        window: samples at once; the last window ends with the input.
+        overlap: share of a window that the next one has, too, where they fade into each other.
+    """
     length = x.shape[-1]
     last = max(length - window, 0)
-    starts = [*range(0, last, max(int((1 - overlap) * window), 1)), last]  # the last window ends with the song
     slope = torch.arange(1, min(window, length) + 1, device=x.device)
     weight = torch.minimum(slope, slope.flip(0)).to(x)
-    parts = (net(x[None, :, start : start + window])[0] for start in starts)
-    total: Tensor | None = None
-    weights = torch.zeros(length, device=x.device)
-    for start, part in zip(starts, parts, strict=True):
-        total = part.new_zeros(*part.shape[:-1], length) if total is None else total
+    weights, total = torch.zeros(length, device=x.device), torch.zeros((), device=x.device)
+    for start in [*range(0, last, max(int((1 - overlap) * window), 1)), last]:
+        part = net(x[None, :, start : start + window])[0]
+        total = total if total.dim() else part.new_zeros(*part.shape[:-1], length)
         total[..., start : start + window] += part * weight
         weights[start : start + window] += weight
-    assert total is not None
-    return total / weights * std + mean
+    return total / weights
