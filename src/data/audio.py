@@ -157,6 +157,7 @@ class Excerpts:
         repeat: how often an epoch goes through the excerpts.
         disturbed: whether to augment: sources are shifted, flipped (channels and sign), scaled and swapped between the
             samples of a batch.
+        levels: mean and standard deviation of each song's mixture, measured if not given.
     """
 
     songs: list[Song]
@@ -167,18 +168,18 @@ class Excerpts:
     repitch: float
     repeat: int
     disturbed: bool = True
+    levels: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from demucs.augment import FlipChannels, FlipSign, Remix, Scale, Shift
 
         self.places: list[tuple[int, int]] = []  # song and start
-        self.levels: list[tuple[float, float]] = []  # mean and standard deviation, by song
         for n, song in enumerate(self.songs):
             last = song.length - self.segment
             if last < 0:
                 raise BitfrontError(f"'{song.folder}' is shorter than an excerpt; lower task.segment")
             self.places += [(n, start) for start in [*range(0, last, self.stride), last]]
-            self.levels.append(level(song.read([MIXTURE])[0]))
+        self.levels = self.levels or [level(song.read([MIXTURE])[0]) for song in self.songs]
         self.fit = excerpt_length(self.segment, 0, self.repitch)
         self.augment = nn.Sequential(Shift(self.stride), FlipChannels(), FlipSign(), Scale()).train(self.disturbed)
         self.remix = Remix(group_size=4).train(self.disturbed)

@@ -36,8 +36,11 @@ def music(root: Path) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
                 write(Path(temporary) / folder.name)
-                if not folder.is_dir():  # another process may have been faster
+                try:
                     os.replace(Path(temporary) / folder.name, folder)
+                except OSError:
+                    if not folder.is_dir():  # made by another process meanwhile
+                        raise
         damaged = [name for name, digest in recorded(folder).items() if sha256(folder / name) != digest]
     except OSError as error:
         raise BitfrontError(
