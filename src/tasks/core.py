@@ -38,6 +38,7 @@ class Task:
 
     primary: ClassVar[tuple[str, bool]]  # name of the headline metric; whether higher is better
     percent: ClassVar[tuple[str, ...]] = ()  # metrics given in percent
+    singly: ClassVar[bool] = False  # whether samples of validation and test are too large, or too unlike, for a batch
     summed: ClassVar[int] = 1  # of how many terms the loss is the mean, where a penalty is meant for their sum
 
     data_root: str
@@ -151,11 +152,12 @@ class Task:
         if self.batch_size % (world * parts):
             among = f"{world} processes" + (f" and {parts} parts" if parts > 1 else "")
             raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
-        size = self.batch_size // (world * parts)
-        repeats = self.repeats if split == "train" else 1
-        batches = EpochBatches(len(dataset), size, self.seed if split == "train" else None, rank, world, repeats)
+        training = split == "train"
+        size = 1 if self.singly and not training else self.batch_size // (world * parts)
+        repeats = self.repeats if training else 1
+        batches = EpochBatches(len(dataset), size, self.seed if training else None, rank, world, repeats)
         batches.set_epoch(epoch)
-        workers = self.workers if split == "train" else 0
+        workers = self.workers if training else 0
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
 
     @torch.no_grad()
