@@ -17,7 +17,7 @@ from src import record
 from src.artifact import Artifact
 from src.errors import BitfrontError
 from src.quant.calibration import PostTraining
-from src.quant.core import Method, QuantizedModel
+from src.quant.core import Float, Method, QuantizedModel
 from src.quant.plan import Calibration
 from src.record import Run
 from src.tasks.core import Task, processes, to_device
@@ -108,7 +108,7 @@ def _run(
         directory=run.path,
     )
     try:
-        if method.trains:
+        if method.trains and not (task.pretrained and isinstance(method, Float)):
 
             def log(numbers: dict[str, float]) -> None:
                 if tracker.run is not None:
@@ -174,7 +174,7 @@ def _attached(
     if method.after_training and device.type == "mps":
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
     pl.seed_everything(task.seed, verbose=False)
-    network = task.model()
+    network = task.model() if start else task.initial()
     if start:
         Artifact.load(start["artifact"]).load_into(network)
     if not isinstance(method, PostTraining):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torchmetrics import MetricCollection
 
 from src.errors import BitfrontError
+
+SORTED = 50  # batches among whose samples those of like length find together
 
 
 @dataclass(kw_only=True)
@@ -26,6 +28,7 @@ class Task:
         smoke: shrink network, data and recipe to seconds, on generated data and no files.
         epochs, batch_size, lr, weight_decay: the training recipe; batch_size is over all processes.
         warmup: share of the steps with a linearly rising learning rate, before a cosine to zero.
+        pretrained: ``initial`` is trained already, so that the float cell only measures it.
         clip: largest norm of the gradient; 0 for any.
         ema: decay per step of an average of the weights, which then is what is validated and kept; 0 for none.
         keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split.
@@ -45,6 +48,7 @@ class Task:
     lr: float
     weight_decay: float
     warmup: float
+    pretrained: bool = False
     clip: float = 0.0
     ema: float = 0.0
     keep: str = "last"
@@ -72,6 +76,10 @@ class Task:
     def model(self) -> nn.Module:
         """A fresh float network; the caller seeds."""
         raise NotImplementedError
+
+    def initial(self) -> nn.Module:
+        """The network that a run begins with: fresh, or pretrained; the caller seeds."""
+        return self.model()
 
     def dataset(self, split: str) -> Any:
         """The "train", "valid" or "test" split: has a length; indexing with a list of integers gives a batch."""
@@ -111,6 +119,10 @@ class Task:
         """The share of each sample that is not padding, ``[samples]`` in 0..1; None where nothing is padded."""
         return None
 
+    def lengths(self, dataset: Any) -> Sequence[int] | None:
+        """Of each sample, where batches are to be of samples alike in length; None where that does not matter."""
+        return None
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The network's optimizer: AdamW, no decay of vectors (norms, biases)."""
         groups: dict[float, list[nn.Parameter]] = {}
@@ -142,7 +154,8 @@ class Task:
             among = f"{world} processes" + (f" and {parts} parts" if parts > 1 else "")
             raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
         size = self.batch_size // (world * parts)
-        batches = EpochBatches(len(dataset), size, self.seed if split == "train" else None, rank, world)
+        seed = self.seed if split == "train" else None
+        batches = EpochBatches(len(dataset), size, seed, rank, world, self.lengths(dataset))
         batches.set_epoch(epoch)
         workers = self.workers if split == "train" else 0
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
@@ -185,10 +198,20 @@ class EpochBatches(Sampler[list[int]]):
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
         rank, world: number of this process, and of all.
+        lengths: of the samples: those of a batch are then alike in length, over all processes.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.lengths = None if lengths is None else np.asarray(lengths)
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
         self.set_epoch(0)
@@ -201,10 +224,22 @@ class EpochBatches(Sampler[list[int]]):
     def indices(self) -> list[int]:
         """This process's share."""
         if self.seed is None:
-            return list(range(self.rank, self.n, self.world))
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+            order = np.arange(self.n) if self.lengths is None else np.argsort(self.lengths, kind="stable")
+            return order[self.rank :: self.world].tolist()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(self.n)
+        if self.lengths is not None:
+            order = self._alike(order, self.lengths, rng)
         order = np.resize(order, -(-self.n // self.world) * self.world)
         return order[self.rank :: self.world].tolist()
+
+    def _alike(self, order: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Sorted by length within some batches, whose order is random."""
+        size = self.batch_size * self.world
+        parts = np.split(order, range(SORTED * size, self.n, SORTED * size))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        full = self.n // size * size
+        return np.concatenate([rng.permutation(order[:full].reshape(-1, size)).ravel(), order[full:]])
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(BatchSampler(self.indices(), self.batch_size, drop_last=False))
