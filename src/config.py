@@ -146,7 +146,7 @@ def usage() -> str:
         "",
         "Tasks (task=):",
     ]
-    lines += [f"  {name:14}{_description('task', name)}" for name in options("task")]
+    lines += [f"  {name:18}{_description('task', name)}" for name in options("task")]
     lines += ["", "Methods (quant=) and their knobs:"]
     for name in options("quant"):
         knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(name))
