@@ -20,7 +20,7 @@ from src.quant.blockwise import Captured, Tuning
 from src.quant.core import Frozen, eligible
 from src.quant.decoupleq import DecoupleQ
 from src.quant.gptq import GPTQ
-from src.quant.inputs import Accumulator, Moments, Watch
+from src.quant.inputs import Accumulator, Moments, Watch, within
 from src.quant.plan import Calibration, plan
 from src.quant.rtn import RTN
 
@@ -512,6 +512,37 @@ def test_a_padded_encoder_is_calibrated_without_its_fast_path() -> None:
     model = DecoupleQ(bits=4, J=1, min_size=0.0005).attach(network, data)
     assert all(layer["inputs"] == 3 * 15 for layer in model.log["layers"])
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_rounding_of_a_share_lets_no_padding_in() -> None:
+    for time in (*range(1, 300), 4999):
+        lengths = torch.arange(1, time + 1)
+        assert torch.equal(within(lengths / time, time, torch.device("cpu")).sum(1), lengths)
+        halves = within(lengths / time, -(-time // 2), torch.device("cpu")).sum(1)
+        assert time % 2 or torch.equal(halves, -(-lengths // 2))  # a step of which half is padding counts
+
+
+def test_padding_in_time_first_conformer_layers_counts_nowhere() -> None:
+    layer = Conformer(16, 2, 32, 1, 3).conformer_layers[0].eval()  # whose input is [time, samples, features]
+    lengths = torch.tensor([7, 11, 4])
+    valid, padding = lengths / 11, torch.arange(11) >= lengths[:, None]
+    x = torch.randn(11, 3, 16)
+    spoiled = x + 1e3 * padding.T[:, :, None]
+    for name in ("ffn1.sequential.1.weight", "self_attn.in_proj_weight"):
+        (clean, dirty) = (seen_by(layer, name, (y, padding), valid=valid) for y in (x, spoiled))
+        assert clean.count == dirty.count == lengths.sum()
+        torch.testing.assert_close(dirty.H, clean.H)
+    weight = layer.ffn2.sequential[4].weight
+    packed, _ = GPTQ(bits=4).solve(weight.detach(), Moments(torch.eye(32).double()[None], 10))
+    tuning = Tuning(layer, {"ffn2.sequential.4.weight": packed}, set(), False)
+    with torch.no_grad():
+        target = layer(x, padding)
+        clean, dirty = (
+            tuning._error(Captured((x, padding), {}, valid), wanted, tuning._stored(), [1.0])
+            for wanted in (target, target + 1e3 * padding.T[:, :, None])
+        )
+    assert 0 < clean < 1
+    torch.testing.assert_close(dirty, clean)
 
 
 @pytest.mark.parametrize("time_last", [False, True])

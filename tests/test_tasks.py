@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -93,6 +94,18 @@ def test_processes_share_the_data() -> None:
     assert sorted(plain[0] + plain[1]) == list(range(11))
     with pytest.raises(BitfrontError, match="batch_size=32 does not divide among 1 processes and 3 parts"):
         task("vit").loader("train", parts=3)
+
+
+def test_batches_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 1003).tolist()
+    batches = [list(EpochBatches(1003, 4, 3, rank, 2, lengths)) for rank in (0, 1)]
+    spread = [np.ptp([lengths[i] for i in a + b]) for a, b in zip(*batches, strict=True)]
+    assert np.median(spread) < 50 and spread != sorted(spread)
+    drawn = sum(sum(batches, []), [])
+    assert len(drawn) == 1004 and set(drawn) == set(range(1003))
+    assert list(EpochBatches(1003, 4, 3, 0, 2, lengths)) == batches[0] != list(EpochBatches(1003, 4, 4, 0, 2, lengths))
+    fixed = sum(EpochBatches(1003, 4, None, lengths=lengths), [])
+    assert sorted(fixed) == list(range(1003)) and [lengths[i] for i in fixed] == sorted(lengths)
 
 
 def test_shifting_and_mirroring_moves_whole_images() -> None:

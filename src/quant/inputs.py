@@ -21,6 +21,7 @@ from src.errors import BitfrontError
 from src.quant.solver import Curvature
 
 CHUNK = 1 << 24  # values of an unfolded input at once
+ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
 
 
 @dataclass
@@ -204,8 +205,15 @@ def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor:
 
 
 def within(valid: Tensor, time: int, device: torch.device) -> Tensor:
-    """Which of so many steps are no padding, ``[samples, time]``."""
-    return torch.arange(time, device=device) < (valid.to(device)[:, None] * time).ceil()
+    """Which of so many steps are no padding, ``[samples, time]``.
+
+    Args:
+        valid: the share that is none; a step that is only partly padding counts.
+        time: number of steps.
+        device: of the result.
+    """
+    steps = (valid.double() * time - ROUNDING).ceil().to(device)
+    return torch.arange(time, device=device) < steps[:, None]
 
 
 class Accumulator:

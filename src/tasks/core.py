@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torchmetrics import MetricCollection
 
 from src.errors import BitfrontError
+
+SORTED = 50  # batches among whose samples those of like length find together
 
 
 @dataclass(kw_only=True)
@@ -122,6 +124,10 @@ class Task:
         """The share of each sample that is not padding, ``[samples]`` in 0..1; None where nothing is padded."""
         return None
 
+    def lengths(self, dataset: Any) -> Sequence[int] | None:
+        """Of each sample, where batches are to be of samples alike in length; None where that does not matter."""
+        return None
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The network's optimizer: AdamW, no decay of vectors (norms, biases)."""
         groups: dict[float, list[nn.Parameter]] = {}
@@ -154,8 +160,8 @@ class Task:
             raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
         training = split == "train"
         size = 1 if self.singly and not training else self.batch_size // (world * parts)
-        repeats = self.repeats if training else 1
-        batches = EpochBatches(len(dataset), size, self.seed if training else None, rank, world, repeats)
+        seed, repeats = (self.seed, self.repeats) if training else (None, 1)
+        batches = EpochBatches(len(dataset), size, seed, rank, world, repeats, self.lengths(dataset))
         batches.set_epoch(epoch)
         workers = self.workers if training else 0
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
@@ -199,13 +205,22 @@ class EpochBatches(Sampler[list[int]]):
             every index is drawn once.
         rank, world: number of this process, and of all.
         repeats: of each index, spread over the processes; the epoch ends after ``n`` draws.
+        lengths: of the samples: those of a batch are then alike in length, over all processes.
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1, repeats: int = 1
+        self,
+        n: int,
+        batch_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
         self.repeats = repeats
+        self.lengths = None if lengths is None else np.asarray(lengths)
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
         self.set_epoch(0)
@@ -218,11 +233,22 @@ class EpochBatches(Sampler[list[int]]):
     def indices(self) -> list[int]:
         """This process's share."""
         if self.seed is None:
-            return list(range(self.rank, self.n, self.world))
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        order = np.repeat(order, self.repeats)[: self.n]
+            order = np.arange(self.n) if self.lengths is None else np.argsort(self.lengths, kind="stable")
+            return order[self.rank :: self.world].tolist()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = np.repeat(rng.permutation(self.n), self.repeats)[: self.n]
+        if self.lengths is not None:
+            order = self._alike(order, self.lengths, rng)
         order = np.resize(order, -(-self.n // self.world) * self.world)
         return order[self.rank :: self.world].tolist()
+
+    def _alike(self, order: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Sorted by length within some batches, whose order is random."""
+        size = self.batch_size * self.world
+        parts = np.split(order, range(SORTED * size, self.n, SORTED * size))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        full = self.n // size * size
+        return np.concatenate([rng.permutation(order[:full].reshape(-1, size)).ravel(), order[full:]])
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(BatchSampler(self.indices(), self.batch_size, drop_last=False))
