@@ -293,7 +293,7 @@ def test_changed_or_unfinished_music_is_refused(brief: None, tmp_path: Path, mon
         ["task.shifts=0", "task=separation_musdb"],
         ["task.repitch=2", "task=separation_musdb"],
         ["task.schedule=step", "task=separation_musdb"],
-        ["task.network=tasnet", "task=separation_musdb"],
+        ["model=tasnet", "task=separation_musdb"],
     ],
 )
 def test_impossible_tasks_are_refused(words: list[str]) -> None:
@@ -301,12 +301,12 @@ def test_impossible_tasks_are_refused(words: list[str]) -> None:
     with pytest.raises(BitfrontError, match="out of range"):
         task(name, *(w for w in words if not w.startswith("task=")))
     with pytest.raises(BitfrontError, match=r"task.window=7\.8"):
-        task("separation_musdb", "task.network=htdemucs")
+        task("separation_musdb", "model=htdemucs")
 
 
 @pytest.mark.parametrize("network", ["demucs", "hdemucs", "htdemucs"])
 def test_the_networks_of_demucs_train_and_separate(network: str) -> None:
-    separation = task("separation_musdb", "smoke=true", f"task.network={network}", "train.batch_size=8")
+    separation = task("separation_musdb", "smoke=true", f"model={network}", "train.batch_size=8")
     net = separation.model()
     batch = next(iter(separation.loader("train")))
     loss = separation.loss(net, batch)

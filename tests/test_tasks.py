@@ -98,7 +98,7 @@ def test_processes_share_the_data() -> None:
 
 def test_batches_of_like_length() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 1003).tolist()
-    batches = [list(EpochBatches(1003, 4, 3, rank, 2, lengths)) for rank in (0, 1)]
+    batches = [list(EpochBatches(1003, 4, 3, rank, 2, lengths=lengths)) for rank in (0, 1)]
     spread = [np.ptp([lengths[i] for i in a + b]) for a, b in zip(*batches, strict=True)]
     assert np.median(spread) < 50 and spread != sorted(spread)
     drawn = sum(sum(batches, []), [])
