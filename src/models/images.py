@@ -81,8 +81,8 @@ def resnet20(channels: int, classes: int) -> nn.Module:
 
 
 def resnet8(channels: int, classes: int) -> nn.Module:
-    """A residual network for smoke runs, 5 k."""
-    return ResNet(channels, classes, (8, 16), 1, projected=True)
+    """A residual network for smoke runs, 20 k."""
+    return ResNet(channels, classes, (16, 32), 1, projected=True)
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:

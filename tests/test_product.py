@@ -1,0 +1,30 @@
+"""Every method on every task, from the command line's words to the record, on generated data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from src import config
+from src.run import run_cell
+
+DEFAULTS = ("asr", "lm", "resnet", "separation", "vit")
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(t, marks=[] if t in DEFAULTS else pytest.mark.slow) for t in config.options("task")]
+)
+def test_every_method_runs_on_the_task(task: str, tmp_path: Path) -> None:
+    for method in config.options("quant"):
+        words = [f"task={task}", f"quant={method}", "smoke=true", f"root={tmp_path}", "wandb=disabled"]
+        words += ["quant.min_size=0.01"] if method != "float" else []  # a cell of a large network sets more
+        record = run_cell([*words, "trainer.accelerator=cpu"])
+        assert record["status"] == "finished" and (record["task"], record["method"]) == (task, method)
+        for numbers in record["metrics"].values():
+            assert all(math.isfinite(value) for value in numbers.values()), (method, numbers)
+        assert record["sizes"]["file"] == Path(record["artifact"]).stat().st_size
+        quantized = sum(sum(counts) for counts in record["widths"].values())
+        assert quantized == 0 if method == "float" else quantized > 0.5 * record["sizes"]["parameters"], method
+        assert ("calibration" in record) == (method in ("rtn", "gptq", "decoupleq"))
