@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import REPOSITORY
+from conftest import REPOSITORY, command
 from torch import Tensor, nn
 
 from src import config
@@ -29,6 +29,7 @@ from src.quant.core import eligible
 from src.quant.gptq import GPTQ
 from src.quant.inputs import Accumulator, Moments, Watch
 from src.quant.plan import Calibration, plan
+from src.record import read_all
 from src.tasks.speech import Speech, greedy
 
 
@@ -524,3 +525,11 @@ def test_the_papers_size_optimizer_and_schedule() -> None:
 def test_impossible_speech_tasks_are_refused(word: str, message: str) -> None:
     with pytest.raises(BitfrontError, match=message):
         speech("asr", f"task.{word}").loader("train")
+
+
+@pytest.mark.slow
+def test_the_default_learns_voices_that_it_has_not_heard(tmp_path: Path) -> None:
+    words = ("task=asr", "quant=float", f"root={tmp_path}", f"data_root={tmp_path}")
+    assert command("src.run", *words, timeout=1800).returncode == 0
+    (record,) = read_all(tmp_path)
+    assert record["metrics"]["test"]["wer"] <= 25
