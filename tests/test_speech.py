@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import REPOSITORY
+from conftest import REPOSITORY, command
 from torch import Tensor, nn
 
 from src import config
@@ -29,6 +29,7 @@ from src.quant.core import eligible
 from src.quant.gptq import GPTQ
 from src.quant.inputs import Accumulator, Moments, Watch
 from src.quant.plan import Calibration, plan
+from src.record import read_all
 from src.tasks.speech import Speech, greedy
 
 
@@ -140,6 +141,9 @@ def test_a_beam_search_uses_lexicon_and_language_model(tmp_path: Path) -> None:
     merged[0, :, 0], merged[0, :, LABELS.index("a")] = np.log(0.6), np.log(0.4)
     assert greedy(merged, torch.tensor([2])) == [""]
     assert speech("asr", "smoke=true", "task.beam=20")._search(merged, torch.tensor([2])) == ["a"]
+    (tmp_path / "wrong").write_text("cat\tc ä t |\n")
+    with pytest.raises(BitfrontError, match="do not fit"):
+        speech("asr", "smoke=true", "task.beam=5", f"task.lexicon={tmp_path / 'wrong'}")
     for words in (["task.lexicon=/nowhere", "task.beam=5"], [f"task.lexicon={tmp_path / 'lexicon'}"]):
         with pytest.raises(BitfrontError, match=r"task\.lexicon is a file for the beam search"):
             speech("asr", "smoke=true", *words)
@@ -505,8 +509,27 @@ def test_the_papers_size_optimizer_and_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["task.data=timit", "task.network=rnn", "task.recipe=noam", "task.kernel=4", "task.heads=5"]
+    ("word", "message"),
+    [
+        ("data=timit", "choices: espeak, fsdd, LibriSpeech"),
+        ("data=LibriSpeech", "task=asr_librispeech"),
+        ("rate=16000", "8000 samples per second"),
+        ("network=rnn", "choices: conformer, wav2vec2"),
+        ("recipe=noam", "choices: cosine, conformer"),
+        ("recipe=conformer", "warmup counts steps"),
+        ("kernel=4", "kernel be odd"),
+        ("heads=5", "heads must divide"),
+        ("beam=-1", "beam is not negative"),
+    ],
 )
-def test_impossible_speech_tasks_are_refused(word: str) -> None:
-    with pytest.raises(BitfrontError):
-        speech("asr", word)
+def test_impossible_speech_tasks_are_refused(word: str, message: str) -> None:
+    with pytest.raises(BitfrontError, match=message):
+        speech("asr", f"task.{word}").loader("train")
+
+
+@pytest.mark.slow
+def test_the_default_learns_voices_that_it_has_not_heard(tmp_path: Path) -> None:
+    words = ("task=asr", "quant=float", f"root={tmp_path}", f"data_root={tmp_path}")
+    assert command("src.run", *words, timeout=1800).returncode == 0
+    (record,) = read_all(tmp_path)
+    assert record["metrics"]["test"]["wer"] <= 25

@@ -30,11 +30,11 @@ over rain red river road round sea seven ship six sleep small song stone sun ten
 under water white wind with yellow you
 """
 ACCENTS = ["en-us", "en", "en-gb-x-rp", "en-us-nyc"]
-VARIANTS = "m1 m2 m3 m5 m7 f1 f4 linda steph michel boris gustave ian grandma robert paul"
+VARIANTS = "m1 m2 m3 m5 m7 f1 f4 linda steph michel boris gustave ian grandma robert paul antonio anika"
 SPLITS = {  # utterances, accents, variants of the voice: none with breath, which is noise seeded by the clock
     "train": (2000, ACCENTS, ["", *(f"+{variant}" for variant in VARIANTS.split())]),
     "valid": (200, ACCENTS, ["+m4", "+aunty"]),
-    "test": (400, [*ACCENTS, "en-gb-x-gbclan"], ["+m6", "+m8", "+belinda", "+antonio"]),
+    "test": (400, [*ACCENTS, "en-gb-x-gbclan"], ["+m6", "+m8", "+belinda", "+shelby"]),
 }
 TRACTS = range(90, 111, 5)  # percent: vocal tracts of training are also shorter and longer
 SYNCHRONOUS, UTF8 = 2, 1  # constants of eSpeak NG's speak_lib.h

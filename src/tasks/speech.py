@@ -81,8 +81,12 @@ class Speech(Task):
                 raise BitfrontError(f"there is no task.{name}={getattr(self, name)}; choices: {', '.join(choices)}")
         if self.dim % self.heads or self.kernel % 2 == 0:
             raise BitfrontError("task.heads must divide task.dim, and task.kernel be odd")
-        if self.pretrained and self.network != "wav2vec2":
-            raise BitfrontError("task.pretrained=true is for task.network=wav2vec2")
+        if self.pretrained and (self.network, self.rate) != ("wav2vec2", 16000):
+            raise BitfrontError("task.pretrained=true is for task.network=wav2vec2 and task.rate=16000")
+        if self.beam < 0 or (self.recipe == "conformer" and self.warmup < 1):
+            raise BitfrontError("task.beam is not negative, and train.warmup counts steps for task.recipe=conformer")
+        if self.data == "LibriSpeech" and not (self.train_subsets and self.valid_subsets and self.test_subsets):
+            raise BitfrontError("LibriSpeech needs its subsets, which task=asr_librispeech names")
         for name in ("lexicon", "lm"):
             path = getattr(self, name)
             if path and not (self.beam and Path(path).is_file()):
@@ -182,21 +186,24 @@ class Speech(Task):
     def _beam_search(self) -> Any:
         try:
             from torchaudio.models.decoder import ctc_decoder
+
+            return ctc_decoder(
+                lexicon=self.lexicon,
+                tokens=list(LABELS),
+                lm=self.lm,
+                beam_size=self.beam,
+                lm_weight=self.lm_weight,
+                word_score=self.word_score,
+                log_add=True,
+                blank_token=LABELS[0],
+                sil_token=LABELS[1],
+            )
         except ImportError:
             raise BitfrontError(
                 "the beam search needs flashlight-text; run `make setup`, or `pip install flashlight-text==0.0.7`"
             ) from None
-        return ctc_decoder(
-            lexicon=self.lexicon,
-            tokens=list(LABELS),
-            lm=self.lm,
-            beam_size=self.beam,
-            lm_weight=self.lm_weight,
-            word_score=self.word_score,
-            log_add=True,
-            blank_token=LABELS[0],
-            sil_token=LABELS[1],
-        )
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise BitfrontError(f"task.lexicon={self.lexicon} and task.lm={self.lm} do not fit: {error}") from None
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if self.recipe == "cosine":
