@@ -199,15 +199,36 @@ def show(table: Sequence[Row]) -> None:
     CONSOLE.print(grid)
 
 
+def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
+    """Methods against tasks as a Markdown table: each cell as it runs without options, metric and MiB of the file."""
+    parts = [tables[task] for task in tasks]
+    headings = ["", *(f"{part[0].task}: {part[0].metric} {'↑' if part[0].higher_is_better else '↓'}" for part in parts)]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for method in config.options("quant"):
+        cells = []
+        for part in parts:
+            usual = config.load([f"task={part[0].task}", f"quant={method}"])["setting"]
+            row = next((row for row in part if (row.method, row.setting) == (method, usual)), None)
+            about = ", ".join([f"{row.size / MIB:.3f} MiB", *usual.split()]) if row else ""
+            cells.append(f"{row.value:.4g} ({about})" if row else "")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def fill_readme(path: Path, tables: dict[str, list[Row]]) -> None:
-    """Replace the blocks between ``<!-- table:TASK -->`` and ``<!-- end -->`` by the tasks' tables."""
+    """Replace what is between ``<!-- table:TASK -->`` and ``<!-- end -->`` by the task's table, and between
+    ``<!-- overview:TASK,TASK -->`` and that by the tasks' overview."""
 
     def block(match: re.Match[str]) -> str:
-        table = tables.get(match[2])
-        return f"{match[1]}\n{markdown(table)}{match[3]}" if table else match[0]
+        tasks = match[3].split(",")
+        if not all(task in tables for task in tasks):
+            return match[0]
+        table = overview(tables, tasks) if match[2] == "overview" else markdown(tables[tasks[0]])
+        return f"{match[1]}\n{table}{match[4]}"
 
     text = path.read_text()
-    path.write_text(re.sub(r"(<!-- table:(\w+) -->).*?(<!-- end -->)", block, text, flags=re.DOTALL))
+    pattern = r"(<!-- (table|overview):([\w,]+) -->).*?(<!-- end -->)"
+    path.write_text(re.sub(pattern, block, text, flags=re.DOTALL))
 
 
 def main() -> None:

@@ -81,6 +81,17 @@ def test_readme_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     assert "old" not in text and "kept" in text and "| a |" in text and text.startswith("a\n") and "\nb\n" in text
 
 
+def test_the_overview_has_the_cells_without_options(tmp_path: Path) -> None:
+    usual = [fake("float", 4 * 2**20, 90.0), fake("rtn", 2**20, 80.0), fake("rtn", 2**19, 60.0)]
+    usual[0]["setting"], usual[1]["setting"], usual[2]["setting"] = "", "bits=4", "bits=2"
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- overview:vit -->\nold\n<!-- end -->\nb\n<!-- overview:vit,lm -->\nkept\n<!-- end -->\n")
+    fill_readme(page, {"vit": rows(usual)})
+    text = page.read_text()
+    assert "| float | 90 (4.000 MiB) |" in text and "| rtn | 80 (1.000 MiB, bits=4) |" in text
+    assert "60" not in text and "old" not in text and "kept" in text
+
+
 def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
     records = REPOSITORY / "results" / "records"
     page = tmp_path / "README.md"
