@@ -84,6 +84,8 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert order(0, 0) != order(0, 1) != order(1, 1)
     assert sorted(sum(order(0, 1), [])) == list(range(10))
     assert order(None, 5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    states = {EpochBatches(10, 4, seed, rank, 2).generator.initial_seed() for seed in (0, 1) for rank in (0, 1)}
+    assert len(states) == 4  # so that loader processes augment differently, too
 
 
 def test_processes_share_the_data() -> None:

@@ -228,7 +228,8 @@ class EpochBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; the trainer calls this."""
         self.epoch = epoch
-        self.generator.manual_seed(epoch)
+        draws = np.random.SeedSequence([self.seed or 0, epoch, self.rank])
+        self.generator.manual_seed(int(draws.generate_state(1)[0]))  # of the loader's processes
 
     def indices(self) -> list[int]:
         """This process's share."""
