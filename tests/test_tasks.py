@@ -105,7 +105,11 @@ def test_batches_of_like_length() -> None:
     assert np.median(spread) < 50 and spread != sorted(spread)
     drawn = sum(sum(batches, []), [])
     assert len(drawn) == 1004 and set(drawn) == set(range(1003))
-    assert list(EpochBatches(1003, 4, 3, 0, 2, lengths)) == batches[0] != list(EpochBatches(1003, 4, 4, 0, 2, lengths))
+    assert (
+        list(EpochBatches(1003, 4, 3, 0, 2, lengths=lengths))
+        == batches[0]
+        != list(EpochBatches(1003, 4, 4, 0, 2, lengths=lengths))
+    )
     fixed = sum(EpochBatches(1003, 4, None, lengths=lengths), [])
     assert sorted(fixed) == list(range(1003)) and [lengths[i] for i in fixed] == sorted(lengths)
 

@@ -161,7 +161,7 @@ class Task:
         training = split == "train"
         size = 1 if self.singly and not training else self.batch_size // (world * parts)
         seed, repeats = (self.seed, self.repeats) if training else (None, 1)
-        batches = EpochBatches(len(dataset), size, seed, rank, world, repeats, self.lengths(dataset))
+        batches = EpochBatches(len(dataset), size, seed, rank, world, repeats=repeats, lengths=self.lengths(dataset))
         batches.set_epoch(epoch)
         workers = self.workers if training else 0
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
@@ -215,6 +215,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: int | None,
         rank: int = 0,
         world: int = 1,
+        *,
         repeats: int = 1,
         lengths: Sequence[int] | None = None,
     ) -> None:
