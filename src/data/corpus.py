@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.errors import BitfrontError
+from src.data.generated import kept
 
 SPLITS = ("train", "valid", "test")
 
@@ -87,44 +83,21 @@ class Windows:
         return self.stream[starts[:, None] + steps].long(), steps[:-1] >= seen[:, None]
 
 
-def kept(root: Path, name: str, make: Callable[[], Corpus]) -> Corpus:
+def tokenized(root: Path, name: str, make: Callable[[], Corpus]) -> Corpus:
     """What ``make`` gives, kept in ``root/generated``.
 
     Raises:
-        BitfrontError: the file is damaged or cannot be written.
+        BitfrontError: the file was changed, or cannot be written.
     """
-    path = root / "generated" / f"{name}.safetensors"
-    if not path.is_file():
+
+    def write(folder: Path) -> None:
         corpus = make()
         tensors = corpus.streams | {"sizes": corpus.sizes, "words": torch.tensor(list(corpus.words.values()))}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(tensors, temporary, {"sha256": checksum(tensors)})
-            os.replace(temporary, path)
-        except (OSError, safetensors.SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise BitfrontError(
-                f"cannot write '{path}' ({error}); make room, or give a data_root=<folder> that you may write to"
-            ) from None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors, recorded = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BitfrontError(f"cannot read '{path}' ({error}); delete it and run again") from None
-    if recorded != {"sha256": checksum(tensors)}:
-        raise BitfrontError(f"'{path}' is damaged; delete it and run again")
+        save_file(tensors, folder / "corpus.safetensors")
+
+    tensors = load_file(kept(root, name, write) / "corpus.safetensors")
     words = dict(zip(SPLITS, tensors["words"].tolist(), strict=True))
     return Corpus({split: tensors[split] for split in SPLITS}, tensors["sizes"], words)
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def generated(vocabulary: int) -> Corpus:

@@ -7,18 +7,16 @@ samples, the same calls in a fresh process do not.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from src.data.generated import kept
 from src.errors import BitfrontError
 
 RATE = 8000  # samples per second
@@ -48,47 +46,19 @@ def load(root: Path, split: str) -> tuple[list[torch.Tensor], list[str]]:
     Raises:
         BitfrontError: eSpeak NG is not installed, the folder cannot be written, or its content has changed.
     """
-    folder = root / "generated" / VERSION
-    if not folder.is_dir():
-        _generate(folder)
-    try:
-        samples, texts = (folder / "samples.npy").read_bytes(), (folder / "texts.json").read_bytes()
-        if (folder / "sha256").read_text() != checksum(samples, texts):
-            raise BitfrontError(f"'{folder}' is damaged; delete it, it is then made again")
-    except OSError as error:
-        raise BitfrontError(f"'{folder}' is not complete ({error}); delete it, it is then made again") from None
-    entries = json.loads(texts)
+    folder = kept(root, VERSION, _in_a_fresh_process)
+    entries = json.loads((folder / "texts.json").read_text())
     waves = torch.from_numpy(np.load(folder / "samples.npy")).split([entry["samples"] for entry in entries])
     chosen = [(wave, entry["text"]) for wave, entry in zip(waves, entries, strict=True) if entry["split"] == split]
     return [wave for wave, _ in chosen], [text for _, text in chosen]
 
 
-def checksum(samples: bytes, texts: bytes) -> str:
-    """Of the set's two files."""
-    return hashlib.sha256(hashlib.sha256(samples).digest() + texts).hexdigest()
-
-
-def _generate(folder: Path) -> None:
-    """Make the folder, whole or not at all, in a fresh process."""
+def _in_a_fresh_process(folder: Path) -> None:
     library()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            made = Path(temporary) / "made"
-            made.mkdir()
-            words = [sys.executable, "-m", "src.data.espeak", str(made.resolve())]
-            done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-            if done.returncode:
-                raise BitfrontError(
-                    f"eSpeak NG could not synthesise the speech: {done.stderr.strip() or done.returncode}"
-                )
-            try:
-                os.rename(made, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
-    except OSError as error:
-        raise BitfrontError(f"could not write '{folder}' ({error}); give a folder with data_root=<folder>") from None
+    words = [sys.executable, "-m", "src.data.espeak", str(folder.resolve())]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    if done.returncode:
+        raise BitfrontError(f"eSpeak NG could not synthesise the speech: {done.stderr.strip() or done.returncode}")
 
 
 def library() -> tuple[str, str]:
@@ -144,8 +114,6 @@ def synthesise(folder: Path) -> None:
             entries.append({"split": split, "voice": voice, "text": text, "samples": len(waves[-1])})
     np.save(folder / "samples.npy", np.concatenate(waves))
     (folder / "texts.json").write_text(json.dumps(entries))
-    made = checksum((folder / "samples.npy").read_bytes(), (folder / "texts.json").read_bytes())
-    (folder / "sha256").write_text(made)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,15 @@ Tempo, key, chords, patterns and timbres are of each song alone, so that the son
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from src.errors import BitfrontError
+from src.data.generated import kept
 
 VERSION = 1  # of the music below: raise it when a sample changes
 SAMPLERATE, SECONDS = 8000, 16  # Hz, mono
 SONGS = {"train": 40, "test": 10}
-SUMS = "SHA256SUMS"
 SCALES = ([0, 2, 4, 5, 7, 9, 11], [0, 2, 3, 5, 7, 8, 10])  # major, natural minor
 PROGRESSIONS = ([0, 4, 5, 3], [0, 5, 3, 4], [0, 3, 4, 4], [5, 3, 0, 4], [0, 2, 3, 4])
 VOWELS = ((730, 1090, 2440), (530, 1840, 2480), (270, 2290, 3010), (570, 840, 2410), (300, 870, 2240))  # Hz, formants
@@ -30,51 +26,17 @@ def music(root: Path) -> Path:
     Raises:
         BitfrontError: a file was changed or is missing, or the folder cannot be written.
     """
-    folder = root / "generated" / f"music-{VERSION}"
-    try:
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-                write(Path(temporary) / folder.name)
-                try:
-                    os.replace(Path(temporary) / folder.name, folder)
-                except OSError:
-                    if not folder.is_dir():  # made by another process meanwhile
-                        raise
-        damaged = [name for name, digest in recorded(folder).items() if sha256(folder / name) != digest]
-    except OSError as error:
-        raise BitfrontError(
-            f"could not write or read the generated music in '{folder}' ({error}); delete that folder, make room, or "
-            "give another with data_root=<folder>"
-        ) from None
-    if damaged:
-        raise BitfrontError(f"'{folder / damaged[0]}' is not as it was generated; delete '{folder}' and run again")
-    return folder
+    return kept(root, f"music-{VERSION}", write)
 
 
 def write(folder: Path) -> None:
-    """Generate all songs, and last the file with their checksums."""
+    """Generate all songs."""
     import soundfile
 
-    sums = []
     for number, (split, name) in enumerate((s, f"song-{n:02}") for s, count in SONGS.items() for n in range(count)):
         (folder / split / name).mkdir(parents=True)
         for stem, samples in mixed(song(number)).items():
-            path = folder / split / name / f"{stem}.wav"
-            soundfile.write(path, samples, SAMPLERATE, subtype="PCM_16")
-            sums.append(f"{sha256(path)}  {path.relative_to(folder)}\n")
-    (folder / SUMS).write_text("".join(sums))
-
-
-def recorded(folder: Path) -> dict[str, str]:
-    """Checksums by file."""
-    lines = (folder / SUMS).read_text().splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+            soundfile.write(folder / split / name / f"{stem}.wav", samples, SAMPLERATE, subtype="PCM_16")
 
 
 def mixed(stems: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.data.corpus import SPLITS, Corpus, kept
+from src.data.corpus import SPLITS, Corpus, tokenized
 from src.data.docstrings import SHA256, docstrings
 from src.errors import BitfrontError
 
@@ -46,7 +46,7 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
         BitfrontError: files are missing, damaged or of another vocabulary, or the folder cannot be written to.
     """
     if data == "docstrings":
-        return kept(root, f"docstrings-{SHA256[:12]}-{vocabulary}", lambda: byte_pairs(docstrings(), vocabulary))
+        return tokenized(root, f"docstrings-{SHA256[:12]}-{vocabulary}", lambda: byte_pairs(docstrings(), vocabulary))
     if data not in FILES:
         raise BitfrontError(f"there is no task.data={data}; choices: docstrings, {', '.join(FILES)}")
     paths = {split: root / path for split, path in FILES[data].items()}
@@ -62,10 +62,10 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     name = f"{data}-{digest.hexdigest()[:12]}-{vocabulary}"
     if data == "wikitext-103":
-        return kept(root, name, lambda: whole_words(paths, vocabulary))
+        return tokenized(root, name, lambda: whole_words(paths, vocabulary))
     formatted = [split for split, path in FILES[data].items() if path.startswith("wikitext2/")]
     texts = {split: read(path) for split, path in paths.items()}
-    return kept(root, name, lambda: byte_pairs(texts, vocabulary, formatted))
+    return tokenized(root, name, lambda: byte_pairs(texts, vocabulary, formatted))
 
 
 def read(path: Path) -> str:
