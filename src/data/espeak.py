@@ -1,7 +1,7 @@
 """Speech synthesised by eSpeak NG: random sentences, many voices, those of the test unseen in training.
 
-Which voices are in the test was decided knowing how well they are understood, for a task of medium difficulty: error rates
-on it compare methods and say nothing about speech recognition at large.
+Which voices are in the test was decided knowing how well they are understood, for a task of medium difficulty: error
+rates on it compare methods and say nothing about speech recognition at large.
 
 ``python -m src.data.espeak <folder>`` writes the whole set: repeated calls of eSpeak NG in one process differ by a few
 samples, the same calls in a fresh process do not.
