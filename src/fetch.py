@@ -71,10 +71,7 @@ def cifar(name: str) -> Callable[[Path, str], Path]:
     def get(root: Path, subset: str) -> Path:
         from torchvision import datasets
 
-        folder = root / name
-        if folder.is_dir():
-            return folder
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+        def write(temporary: str) -> None:
             kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
             for part in ("train", "test"):
                 images = kind(temporary, train=part == "train", download=True)
@@ -85,27 +82,39 @@ def cifar(name: str) -> Callable[[Path, str], Path]:
                     label = images.classes[target]
                     image.save(Path(temporary) / name / part / label / f"{numbers[label]:04}.png")
                     numbers[label] += 1
-            os.replace(Path(temporary) / name, folder)
-        return folder
+
+        return moved(root, name, write)
 
     return get
+
+
+def moved(root: Path, name: str, write: Callable[[str], Any]) -> Path:
+    """The folder ``root/name``, if it is not there from what ``write`` leaves below a temporary folder."""
+    folder = root / name
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+            write(temporary)
+            folder.parent.mkdir(exist_ok=True)
+            os.replace(Path(temporary) / name, folder)
+    return folder
 
 
 def librispeech(root: Path, subset: str) -> Path:
     """A subset of LibriSpeech, ``LibriSpeech/<subset>/<speaker>/<chapter>/*.flac``."""
     from torchaudio.datasets import LIBRISPEECH
 
-    LIBRISPEECH(str(root), url=subset, download=True)
-    return root / "LibriSpeech" / subset
+    return moved(root, f"LibriSpeech/{subset}", lambda temporary: LIBRISPEECH(temporary, url=subset, download=True))
 
 
 def musdb18hq(root: Path, subset: str) -> Path:
     """MUSDB18-HQ, ``musdb18hq/{train,test}/<song>/*.wav``."""
     from torchaudio.datasets import MUSDB_HQ
 
-    for part in ("train", "test"):
-        MUSDB_HQ(str(root), part, download=True)
-    return root / "musdb18hq"
+    def write(temporary: str) -> None:
+        for part in ("train", "test"):
+            MUSDB_HQ(temporary, part, download=True)
+
+    return moved(root, "musdb18hq", write)
 
 
 SETS: dict[str, Callable[[Path, str], Path]] = {

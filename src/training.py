@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -115,6 +118,14 @@ class Training(pl.LightningModule):
             return loss + self.method.penalty / self.task.summed * self.model.megabytes()
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # A layer that this step left out (layer drop) has no say, and the penalty alone would narrow it.
+        if self.method.penalty:
+            for _, quantizer, w in self.model.items():
+                if w.grad is None or not w.grad.any():
+                    for p in quantizer.parameters():
+                        p.grad = None
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
@@ -143,7 +154,8 @@ class Training(pl.LightningModule):
         """Keep a copy of the model if it is the best so far: small enough, or else the smallest."""
         name, higher = self.task.primary
         excess = max(numbers["size_mb"] - self.task.max_size, 0.0) if self.task.max_size else 0.0
-        score = [-excess, numbers[f"valid/{name}"] * (1 if higher else -1)]
+        value = numbers[f"valid/{name}"] * (1 if higher else -1)
+        score = [-excess, value if value == value else -math.inf]
         if self.best is None or score > self.best["score"]:
             state = {key: t.detach().cpu().clone() for key, t in self.result.state_dict().items()}
             self.best = {"score": score, "state": state}
@@ -246,8 +258,11 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
     checkpoint = training.checkpoint if training.checkpoint.is_file() else None
     if checkpoint and not zipfile.is_zipfile(checkpoint):
         raise BitfrontError(f"'{checkpoint}' is damaged; delete it and run again, training then starts over")
+    # Other processes wait while the first one measures, which may take hours.
+    several = trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
+        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
         max_epochs=training.task.epochs,
         gradient_clip_val=training.task.clip or None,
         logger=False,

@@ -1,12 +1,20 @@
-"""Two processes: the same flow, and metrics equal to one process's on the same artifact."""
+"""Two processes: the same flow, and metrics equal to one process's."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import command
+from torch import distributed, multiprocessing
 
+from src import config
+from src.cell import build_task
 from src.record import read_all
+
+TASKS = ("asr", "lm", "resnet", "separation", "vit")
 
 
 def test_two_processes_train_and_measure_one_artifact(tmp_path: Path) -> None:
@@ -17,3 +25,25 @@ def test_two_processes_train_and_measure_one_artifact(tmp_path: Path) -> None:
     assert record["processes"] == 2
     again = command("src.evaluate", f"artifact={record['artifact']}", "accelerator=cpu")
     assert "the same as in its record" in again.stdout, (again.stdout, record["metrics"])
+
+
+def measured(name: str) -> dict[str, float]:
+    """Metrics of a fresh network, on the samples of all processes."""
+    task = build_task(config.load([f"task={name}", "smoke=true"]))
+    torch.manual_seed(0)
+    return task.evaluate(task.model(), "test")
+
+
+def measure(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps({name: measured(name) for name in TASKS}))
+    distributed.destroy_process_group()
+
+
+def test_metrics_are_the_same_on_one_and_two_processes(tmp_path: Path) -> None:
+    multiprocessing.spawn(measure, (tmp_path,), 2)
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] == both[1]
+    for name in TASKS:
+        assert both[0][name] == pytest.approx(measured(name), rel=1e-5, abs=1e-6), name

@@ -88,6 +88,12 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert len(states) == 4  # so that loader processes augment differently, too
 
 
+def test_batches_come_in_equal_parts() -> None:
+    parts = list(EpochBatches(11, 8, 0, parts=4))
+    assert [len(part) for part in parts] == [2, 2, 2, 2, 1, 1, 1, 1] and len(EpochBatches(11, 8, 0, parts=4)) == 8
+    assert set(sum(parts, [])) == set(range(11))  # of the last three, one is repeated
+
+
 def test_processes_share_the_data() -> None:
     shares = [sum(EpochBatches(11, 2, 3, rank, 2), []) for rank in (0, 1)]
     assert all(len(batch) <= 2 for batch in EpochBatches(11, 2, 3, 0, 2))

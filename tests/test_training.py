@@ -71,9 +71,21 @@ def test_what_is_too_large_is_not_the_best(tmp_path: Path) -> None:
     for size, top1, best in ((0.05, 90.0, True), (0.03, 50.0, True), (0.02, 40.0, True), (0.01, 30.0, False)):
         if size == 0.05:
             training.best = None
+            training.compare({"size_mb": 0.05, "valid/top1": float("nan")})
         before = copy.copy(training.best)
         training.compare({"size_mb": size, "valid/top1": top1})
         assert (training.best != before) == best, size
+
+
+def test_the_penalty_spares_what_a_step_leaves_out(tmp_path: Path) -> None:
+    training = trained(tmp_path, "diffq", epochs=1)
+    (name, quantizer, w), (_, other, v), *_ = training.model.items()
+    for p in training.model.parameters():
+        p.grad = torch.ones_like(p)
+    w.grad = torch.zeros_like(w)
+    training.on_before_optimizer_step(torch.optim.SGD([w]))
+    assert all(p.grad is None for p in quantizer.parameters()), name
+    assert all(p.grad is not None for p in other.parameters()) and v.grad is not None
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

@@ -187,7 +187,13 @@ def test_the_recipes_optimizers() -> None:
     sgd = build_task(config.load(["task=resnet"])).optimizer(parameters)
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["nesterov"]
     assert {len(g["params"]) for g in sgd.param_groups} == {4}
-    assert isinstance(imagenet(name="efficientnet_imagenet").optimizer(parameters), torch.optim.RMSprop)
+    plain = imagenet(name="resnet_imagenet").optimizer(parameters)
+    assert isinstance(plain, torch.optim.SGD) and not plain.defaults["nesterov"]
+    w = nn.Parameter(torch.zeros(2, 2))
+    rmsprop = imagenet(name="efficientnet_imagenet").optimizer([w])
+    w.grad = torch.full((2, 2), 2.0)
+    rmsprop.step()  # the mean square starts at 1: 0.9 + 0.1 * 2**2 = 1.3, and epsilon is inside the root
+    torch.testing.assert_close(w.detach(), torch.full((2, 2), -0.256 * 2 / (1.3 + 1e-3) ** 0.5))
 
 
 def test_repeated_augmentation_draws_the_same_images_in_a_row() -> None:
@@ -200,6 +206,10 @@ def test_repeated_augmentation_draws_the_same_images_in_a_row() -> None:
 def test_an_unknown_network_is_refused_with_what_there_is() -> None:
     with pytest.raises(BitfrontError, match=r"no model=timm\.deit_bas; choices: .*timm\.deit_base_patch16_224"):
         imagenet("model=timm.deit_bas")
+    with pytest.raises(BitfrontError, match=r"model=timm\.vgg11 does not fit this task"):
+        imagenet("model=timm.vgg11").model()
+    with pytest.raises(BitfrontError, match="is for images of 32 x 32"):
+        build_task(config.load(["task=resnet", "model=vit"]))
     with pytest.raises(BitfrontError, match=r"no model=resnet19; choices: .*resnet18"):
         build_task(config.load(["task=resnet", "model=resnet19"]))
 

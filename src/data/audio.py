@@ -16,6 +16,7 @@ from src.errors import BitfrontError
 
 MIXTURE = "mixture"
 ORIGINS = {"musdb18hq": "https://zenodo.org/records/3338373 (MUSDB18-HQ)"}
+REMIXED = 4  # samples between which sources are swapped
 MAX_PITCH, MAX_TEMPO, TEMPO_STD = 2, 12, 5  # semitones, percent, percent: of a change of pitch and tempo
 
 
@@ -182,14 +183,14 @@ class Excerpts:
         self.levels = self.levels or [level(song.read([MIXTURE])[0]) for song in self.songs]
         self.fit = excerpt_length(self.segment, 0, self.repitch)
         self.augment = nn.Sequential(Shift(self.stride), FlipChannels(), FlipSign(), Scale()).train(self.disturbed)
-        self.remix = Remix(group_size=4).train(self.disturbed)
+        self.remix = Remix(group_size=REMIXED).train(self.disturbed)
 
     def __len__(self) -> int:
         return self.repeat * len(self.places)
 
     def __getitem__(self, indices: list[int]) -> Tensor:
         batch = self.augment(torch.stack([self.excerpt(i % len(self.places)) for i in indices]))
-        whole = len(batch) // 4 * 4
+        whole = len(batch) // REMIXED * REMIXED
         return torch.cat([self.remix(batch[:whole]), batch[whole:]])
 
     def excerpt(self, index: int) -> Tensor:

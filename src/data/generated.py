@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from src.errors import BitfrontError
 
 SUMS = "SHA256SUMS"
@@ -33,12 +35,15 @@ def kept(root: Path, name: str, write: Callable[[Path], None]) -> Path:
                 made.mkdir()
                 write(made)
                 (made / SUMS).write_text("".join(f"{digest}  {path}\n" for path, digest in checksums(made).items()))
-                if not folder.is_dir():  # another process may have been faster
+                try:
                     os.replace(made, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster
+                        raise
         lines = (folder / SUMS).read_text(errors="replace").splitlines()
         recorded = {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
         changed = recorded.items() ^ checksums(folder).items()
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         raise BitfrontError(
             f"could not write or read '{folder}' ({error}); delete it, make room, or give another place with "
             "data_root=<folder>"

@@ -130,8 +130,11 @@ def librispeech(root: Path, subsets: Sequence[str], rate: int, cache: Path) -> F
     texts: list[str] = []
     for subset in subsets:
         found = len(paths)
-        for transcripts in sorted((root / subset).glob("*/*/*.trans.txt")):
-            recorded = {path.name for path in transcripts.parent.glob("*.flac")}
+        for chapter in sorted((root / subset).glob("*/*/")):
+            transcripts = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
+            if not transcripts.is_file():
+                raise BitfrontError(f"'{transcripts}' is missing; unpack {subset} again")
+            recorded = {path.name for path in chapter.glob("*.flac")}
             for line in transcripts.read_text().splitlines():
                 name, _, text = line.partition(" ")
                 if f"{name}.flac" not in recorded:

@@ -29,6 +29,7 @@ ORIGINS = {
     "wikitext2": "the raw test text of WikiText-2 (S. Merity)",
     "wikitext-103": "of wikitext-103-v1.zip (S. Merity), the words and not the raw characters",
 }
+VERSION = 1  # of how texts become tokens
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the first words of fairseq's dictionary
 END, UNKNOWN = 2, 3
 LINES = 4096  # encoded at once
@@ -46,7 +47,8 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
         BitfrontError: files are missing, damaged or of another vocabulary, or the folder cannot be written to.
     """
     if data == "docstrings":
-        return tokenized(root, f"docstrings-{SHA256[:12]}-{vocabulary}", lambda: byte_pairs(docstrings(), vocabulary))
+        name = f"docstrings-{VERSION}-{SHA256[:12]}-{vocabulary}"
+        return tokenized(root, name, lambda: byte_pairs(docstrings(), vocabulary))
     if data not in FILES:
         raise BitfrontError(f"there is no task.data={data}; choices: docstrings, {', '.join(FILES)}")
     paths = {split: root / path for split, path in FILES[data].items()}
@@ -60,7 +62,7 @@ def load(root: Path, data: str, vocabulary: int) -> Corpus:
             )
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    name = f"{data}-{digest.hexdigest()[:12]}-{vocabulary}"
+    name = f"{data}-{VERSION}-{digest.hexdigest()[:12]}-{vocabulary}"
     if data == "wikitext-103":
         return tokenized(root, name, lambda: whole_words(paths, vocabulary))
     formatted = [split for split, path in FILES[data].items() if path.startswith("wikitext2/")]

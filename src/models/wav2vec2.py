@@ -29,7 +29,7 @@ BASE = {  # of torchaudio.pipelines.WAV2VEC2_ASR_BASE_960H
     "encoder_ff_interm_dropout": 0.0,
     "encoder_dropout": 0.1,
     "encoder_layer_norm_first": False,
-    "encoder_layer_drop": 0.05,
+    "encoder_layer_drop": 0.0,  # published with 0.05, which leaves parameters without a gradient
 }
 TINY = BASE | {
     "extractor_conv_layer_config": [(32, 10, 5), (32, 8, 4), (32, 4, 4), (32, 4, 4)],

@@ -35,7 +35,7 @@ class Task:
         max_size: MB that the best may have at most; 0 for any.
         repeats: how often a sample is drawn in a row, each time augmented anew ("repeated augmentation", arXiv
             1901.09335); an epoch has as many draws as there are samples.
-        workers: processes that load training data, whose augmentation depends on their number; 0 loads it in this one.
+        workers: processes that load data, whose augmentation depends on their number; 0 loads it in this one.
     """
 
     primary: ClassVar[tuple[str, bool]]  # name of the headline metric; whether higher is better
@@ -159,12 +159,13 @@ class Task:
             among = f"{world} processes" + (f" and {parts} parts" if parts > 1 else "")
             raise BitfrontError(f"train.batch_size={self.batch_size} does not divide among {among}")
         training = split == "train"
-        size = 1 if self.singly and not training else self.batch_size // (world * parts)
+        size = 1 if self.singly and not training else self.batch_size // world
         seed, repeats = (self.seed, self.repeats) if training else (None, 1)
-        batches = EpochBatches(len(dataset), size, seed, rank, world, repeats=repeats, lengths=self.lengths(dataset))
+        options: dict[str, Any] = {"parts": parts, "repeats": repeats, "lengths": self.lengths(dataset)}
+        batches = EpochBatches(len(dataset), size, seed, rank, world, **options)
         batches.set_epoch(epoch)
-        workers = self.workers if training else 0
-        return DataLoader(dataset, sampler=batches, batch_size=None, generator=batches.generator, num_workers=workers)
+        options = {"batch_size": None, "generator": batches.generator, "num_workers": self.workers}
+        return DataLoader(dataset, sampler=batches, **options)
 
     @torch.no_grad()
     def evaluate(
@@ -204,6 +205,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
         rank, world: number of this process, and of all.
+        parts: that each batch comes in, of equal size but for one sample; a batch that is too small repeats some.
         repeats: of each index, spread over the processes; the epoch ends after ``n`` draws.
         lengths: of the samples: those of a batch are then alike in length, over all processes.
     """
@@ -216,11 +218,12 @@ class EpochBatches(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
         *,
+        parts: int = 1,
         repeats: int = 1,
         lengths: Sequence[int] | None = None,
     ) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.repeats = repeats
+        self.parts, self.repeats = parts, repeats
         self.lengths = None if lengths is None else np.asarray(lengths)
         # For the loader, which would else draw from the global generator, at a time that differs after a restart.
         self.generator = torch.Generator()
@@ -253,10 +256,12 @@ class EpochBatches(Sampler[list[int]]):
         return np.concatenate([rng.permutation(order[:full].reshape(-1, size)).ravel(), order[full:]])
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(BatchSampler(self.indices(), self.batch_size, drop_last=False))
+        for batch in BatchSampler(self.indices(), self.batch_size, drop_last=False):
+            whole = np.resize(batch, max(len(batch), self.parts))
+            yield from (part.tolist() for part in np.array_split(whole, self.parts))
 
     def __len__(self) -> int:
-        return -(-len(self.indices()) // self.batch_size)
+        return -(-len(self.indices()) // self.batch_size) * self.parts
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from src.data.audio import Excerpts, Song, Whole, excerpt_length, level, songs, tones
+from src.data.audio import REMIXED, Excerpts, Song, Whole, excerpt_length, level, songs, tones
 from src.data.music import music
 from src.errors import BitfrontError
-from src.tasks.core import Task
+from src.tasks.core import Task, processes
 from src.tasks.sdr import FramewiseSDR, GlobalSDR
 
 
@@ -119,6 +120,20 @@ class Separation(Task):
             return Whole(found, self.sources)
         segment, stride = self._samples(self.segment), self._samples(self.stride)
         return Excerpts(found, self.sources, self.samplerate, segment, stride, self.repitch, self.repeat)
+
+    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
+        """As of every task.
+
+        Raises:
+            BitfrontError: a process's part of a batch does not go into the groups whose sources are swapped.
+        """
+        size = self.batch_size // (parts * (processes()[1] if shared else 1))
+        if split == "train" and size % REMIXED:
+            raise BitfrontError(
+                f"sources are swapped between {REMIXED} samples, and each process gets {size} at once; make "
+                f"train.batch_size / trainer.devices / trainer.accumulate_grad_batches a multiple of {REMIXED}"
+            )
+        return super().loader(split, epoch, shared, parts)
 
     def undisturbed(self, dataset: Excerpts) -> Excerpts:
         return replace(dataset, disturbed=False, repeat=1)

@@ -124,7 +124,7 @@ class KnownNetwork(Classification):
     Attributes:
         network: a name in ``models/images.py``.
         mean, std: of the pixels in 0..1, one value for all channels or one for each.
-        optim: "adamw" as in ``Task``; or "sgd" (Nesterov) or "rmsprop" with ``momentum``, which decay all weights.
+        optim: "adamw" as in ``Task``; or "sgd", "nesterov" or "rmsprop" with ``momentum``, which decay all weights.
         schedule: after the warm-up, "cosine" to ``min_lr``, or "step": times ``decay`` every ``period`` epochs.
     """
 
@@ -140,15 +140,20 @@ class KnownNetwork(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, choices in {"optim": ("adamw", "sgd", "rmsprop"), "schedule": ("cosine", "step")}.items():
+        for key, choices in {
+            "optim": ("adamw", "sgd", "nesterov", "rmsprop"),
+            "schedule": ("cosine", "step"),
+        }.items():
             if getattr(self, key) not in choices:
                 raise BitfrontError(f"there is no train.{key}={getattr(self, key)}; choices: {', '.join(choices)}")
         if self.period <= 0:
             raise BitfrontError(f"train.period is positive, got {self.period}")
         if self.network not in (known := self.networks()):
             close = [name for name in known if self.network in name][:5]
-            close = close or difflib.get_close_matches(self.network, known, 5)
-            raise BitfrontError(f"there is no model={self.network}; choices: {', '.join(close or known)}")
+            close = close or difflib.get_close_matches(self.network, known, 5) or known[:20]
+            raise BitfrontError(f"there is no model={self.network}; choices: {', '.join(close)}")
+        if self.network == "vit" and self.image_size != 32:
+            raise BitfrontError("model=vit is for images of 32 x 32, as of task=resnet_cifar10")
         if self.smoke:
             self.network = "resnet8"
 
@@ -167,9 +172,11 @@ class KnownNetwork(Classification):
         if self.optim == "adamw":
             return super().optimizer(parameters)
         options: dict[str, Any] = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        if self.optim == "sgd":
-            return torch.optim.SGD(parameters, nesterov=self.momentum > 0, **options)
-        return torch.optim.RMSprop(parameters, alpha=0.9, eps=1e-3, **options)
+        if self.optim != "rmsprop":
+            return torch.optim.SGD(parameters, nesterov=self.optim == "nesterov", **options)
+        from timm.optim import RMSpropTF  # whose epsilon is inside the root, as where EfficientNet comes from
+
+        return RMSpropTF(parameters, alpha=0.9, eps=1e-3, **options)
 
     def lr_factor(self, step: int, steps: int) -> float:
         floor = self.min_lr / self.lr
@@ -234,7 +241,11 @@ class ImageNet(KnownNetwork):
 
             weights = "IMAGENET1K_V1" if pretrained else None  # which the papers start from
             return torchvision.models.get_model(name, weights=weights, num_classes=self.classes)
+        except TypeError as error:
+            raise BitfrontError(f"model={self.network} does not fit this task: {error}") from None
         except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained:
+                raise BitfrontError(f"could not build model={self.network}: {error}") from None
             raise BitfrontError(
                 f"no pretrained weights for {self.network} ({type(error).__name__}: {error}); they are downloaded "
                 "once and kept below ~/.cache, which can be copied; or give init_from=<artifact>"
