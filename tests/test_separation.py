@@ -173,7 +173,7 @@ def test_a_damaged_data_set_says_what_is_wrong(small: Path, tmp_path: Path) -> N
         with pytest.raises(BitfrontError, match=message):
             songs(small, ["x", "y"], [valid] if valid else [], samplerate, 1)
 
-    with pytest.raises(BitfrontError, match=r"zenodo.org/records/3338373 .*data_root=<folder>"):
+    with pytest.raises(BitfrontError, match=r"zenodo.org/records/3338373.*data_root=<folder>"):
         task("separation_musdb", f"data_root={tmp_path}").loader("train")
     refused("no songs in .*valid", valid="")
     refused("lacks 1 of the 1 songs .*'nobody'", valid="nobody")

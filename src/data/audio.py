@@ -15,7 +15,10 @@ from src.data.repitch import repitch
 from src.errors import BitfrontError
 
 MIXTURE = "mixture"
-ORIGINS = {"musdb18hq": "https://zenodo.org/records/3338373 (MUSDB18-HQ)"}
+ORIGINS = {
+    "musdb18hq": "zenodo.org/records/3338373, or by `python -m src.fetch musdb18hq`",
+    "mir1k": "MIR-1K (C.-L. Hsu and J.-S. R. Jang), brought into this layout",
+}
 REMIXED = 4  # samples between which sources are swapped
 MAX_PITCH, MAX_TEMPO, TEMPO_STD = 2, 12, 5  # semitones, percent, percent: of a change of pitch and tempo
 
@@ -85,7 +88,7 @@ def songs(
             files = ",".join([MIXTURE, *sources])
             origin = f", from {ORIGINS[root.name]}," if root.name in ORIGINS else ""
             raise BitfrontError(
-                f"no songs in '{root / split}': expected {root}/{{train,test}}/<song>/{{{files}}}.wav; unpack the data "
+                f"no songs in '{root / split}': expected {root / split}/<song>/{{{files}}}.wav; unpack the data "
                 f"set{origin} there or give its parent folder with data_root=<folder>"
             )
         found[split] = [check(folder, [MIXTURE, *sources], samplerate, channels) for folder in folders]

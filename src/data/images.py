@@ -83,7 +83,8 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
     except FileNotFoundError:
         raise BitfrontError(
             f"no images in '{root}': expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
-            "unpack the data set there or give its parent folder with data_root=<folder>"
+            "unpack the data set there (`python -m src.fetch` has CIFAR), or give its parent folder with "
+            "data_root=<folder>"
         ) from None
     names = folders["train"].classes
     if names != folders["test"].classes or len(names) != classes:

@@ -22,7 +22,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 PARTS = {"test": range(5), "valid": range(5, 10), "train": range(10, 50)}  # recordings of each digit and speaker
 STRINGS = {"train": 2000, "valid": 200, "test": 300}  # per epoch
 DIGIT_RATE = 8000
-LIBRISPEECH = "https://www.openslr.org/12"
+LIBRISPEECH = "openslr.org/12, or by `python -m src.fetch librispeech`"
 
 
 def read(path: Path, rate: int) -> Tensor:
@@ -77,17 +77,18 @@ def fsdd(root: Path, split: str) -> Source:
     Raises:
         BitfrontError: a recording is missing or cannot be read.
     """
-    speakers = sorted({path.stem.split("_")[1] for path in root.glob("0_*_*.flac")})
-    names = product(range(10), speakers, range(50))
-    missing = [name for name in (f"{d}_{speaker}_{i}.flac" for d, speaker, i in names) if not (root / name).is_file()]
+    files = {path.stem: path for kind in ("flac", "wav") for path in root.glob(f"*_*_*.{kind}")}
+    speakers = sorted({stem.split("_")[1] for stem in files})
+    names = (f"{digit}_{speaker}_{i}" for digit, speaker, i in product(range(10), speakers, range(50)))
+    missing = [name for name in names if name not in files]
     if not speakers or missing:
         raise BitfrontError(
-            f"'{root}' lacks {missing[0] if missing else 'all recordings'}: expected <digit>_<speaker>_<index>.flac "
-            "there, indices 0 to 49 (github.com/Jakobovski/free-spoken-digit-dataset); give its parent folder with "
-            "data_root=<folder>"
+            f"'{root}' lacks {missing[0] if missing else 'all recordings'}: expected <digit>_<speaker>_<index>.wav or "
+            ".flac there, indices 0 to 49 (github.com/Jakobovski/free-spoken-digit-dataset, its folder recordings); "
+            "give the parent folder with data_root=<folder>"
         )
     recordings = [
-        [[read(root / f"{digit}_{speaker}_{i}.flac", DIGIT_RATE) for i in PARTS[split]] for digit in range(10)]
+        [[read(files[f"{digit}_{speaker}_{i}"], DIGIT_RATE) for i in PARTS[split]] for digit in range(10)]
         for speaker in speakers
     ]
     strings = DigitStrings(recordings, STRINGS[split])

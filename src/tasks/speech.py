@@ -200,7 +200,8 @@ class Speech(Task):
             )
         except ImportError:
             raise BitfrontError(
-                "the beam search needs flashlight-text; run `make setup`, or `pip install flashlight-text==0.0.7`"
+                "the beam search needs flashlight-text; which has packages for Python before 3.13 only; run "
+                "`make setup PYTHON=python3.12`, or leave task.beam at 0"
             ) from None
         except (RuntimeError, ValueError, LookupError) as error:
             raise BitfrontError(f"task.lexicon={self.lexicon} and task.lm={self.lm} do not fit: {error}") from None
