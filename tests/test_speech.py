@@ -252,8 +252,8 @@ def test_blocks_are_the_layers_and_none_is_blind(name: str) -> None:
 
 def test_wav2vec2_has_plain_weights_and_does_not_depend_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = torchaudio.pipelines.WAV2VEC2_ASR_BASE_960H
-    published = BASE | {"aux_num_out": len(LABELS), "encoder_layer_drop": 0.05}
-    assert bundle._params == published and bundle.sample_rate == 16000
+    theirs = BASE | {"aux_num_out": len(LABELS), "encoder_layer_drop": 0.05}
+    assert bundle._params == theirs and bundle.sample_rate == 16000
     assert "".join(bundle.get_labels()).lower() == LABELS
     original = torchaudio.models.wav2vec2_model(**TINY, aux_num_out=len(LABELS)).eval()
     x, lengths = torch.randn(3, 4000), torch.tensor([4000, 2500, 3100])
