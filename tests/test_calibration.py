@@ -17,6 +17,7 @@ from torchaudio.models import Conformer
 
 from src.errors import BitfrontError
 from src.quant.blockwise import Captured, Tuning
+from src.quant.calibration import calibrate
 from src.quant.core import Frozen, eligible
 from src.quant.decoupleq import DecoupleQ
 from src.quant.gptq import GPTQ
@@ -134,6 +135,31 @@ def test_padding_is_left_out(layer: nn.Module) -> None:
             seen_by(layer, "weight", (torch.randn(5, 4, 6),), valid=valid)
 
 
+def test_a_tied_weight_counts_as_much_for_its_look_up_as_for_its_output() -> None:
+    """Solved for the output alone, an embedding may err without limit where the hidden states never point."""
+    network = Decoder().eval()
+    away = torch.randn(16)
+    network.encoder.layers[1].norm2.weight.data.fill_(0.1)  # the states hardly differ from this:
+    network.encoder.layers[1].norm2.bias.data = 5 * away
+    w = network.embedding.weight.detach().clone()
+    batches = [torch.randint(30, (4, 6)) for _ in range(3)]
+    hidden: list[Tensor] = []
+    network.head.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for x in batches:
+            network(x)
+    states = torch.cat(hidden)
+    packed, log = calibrate(network, GPTQ(bits=2, min_size=0), Calibration(batches, lambda net, x: net(x)))
+    error = packed["embedding.weight"].decode() - w
+    output = (states @ error.T).square().sum() / (states @ w.T).square().sum()
+    lookup = error.square().sum() / w.square().sum()
+    (entry,) = (layer for layer in log["layers"] if layer["name"] == "embedding.weight")
+    assert entry["inputs"] == len(states)
+    assert entry["loss"] == pytest.approx((output + lookup).item() / 2, rel=1e-3)
+    nearest = RTN(bits=2).solve(w, None)[0].decode() - w
+    assert lookup < 2 * nearest.square().sum() / w.square().sum()
+
+
 def test_inputs_that_are_not_finite_are_refused() -> None:
     x = torch.randn(4, 6)
     x[2, 3] = torch.nan
@@ -213,7 +239,7 @@ def test_every_layer_is_found_without_knowing_the_architecture(real: tuple[str, 
     expected = {
         "vit": ["blocks.0", "blocks.1", "head"],
         "resnet": ["conv1", "layer1", "layer2.0", "layer2.1", "layer3", "layer4", "fc"],
-        "lm": ["head", "encoder.layers.0", "encoder.layers.1"],
+        "lm": ["", "encoder.layers.0", "encoder.layers.1"],
         "conformer": ["first", "conformer.conformer_layers.0", "conformer.conformer_layers.1", "last"],
     }.get(name)
     if expected:

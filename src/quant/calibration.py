@@ -224,7 +224,7 @@ def quantize(
                 forward(captured)
         moments = sums.moments()
         for name in stage:
-            solve(name, moments)
+            solve(name, moments.with_lookup(weights[name].detach()) if sums.lookup else moments)
     for name in unit.blind:
         solve(name, None)
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}

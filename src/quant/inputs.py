@@ -60,6 +60,16 @@ class Moments:
         power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
 
+    def with_lookup(self, w: Tensor) -> Moments:
+        """For a weight that is also an embedding: its rows themselves are then an output too, of the inputs I.
+
+        The relative loss becomes the mean of that of both uses, as if every row were looked up equally often.
+        """
+        rows = w.double().reshape(self.batch, -1, self.columns)
+        size = rows.square().sum().item()
+        scale = ((rows @ self.H.to(rows)) * rows).sum().item() / size if size else 0.0
+        return Moments(self.H + scale * torch.eye(self.columns).to(self.H), self.count)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -69,16 +79,19 @@ class Use:
         key: the input tensors' identity, and the geometry.
         geometry: of a convolution: kernel, stride, padding, dilation, groups; None for a matrix product.
         batch_axis: where the samples are, if that is known.
+        lookup: whether it is an embedding's, whose inputs are the numbers of rows.
     """
 
     key: tuple[Any, ...]
     inputs: tuple[Tensor, ...]
     geometry: tuple[Any, ...] | None = None
     batch_axis: int | None = None
+    lookup: bool = False
 
 
 class Watch(TorchFunctionMode):
-    """Tells of every use of the given weights in a matrix product, a 1d or 2d convolution or an attention layer.
+    """Tells of every use of the given weights in a matrix product, a 1d or 2d convolution, an attention layer or an
+    embedding.
 
     Args:
         weights: to look out for.
@@ -93,6 +106,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
+        if func is F.embedding:
+            bound = EMBEDDING.bind(*args, **kwargs)
+            self._seen(bound.arguments["weight"], (bound.arguments["input"],), lookup=True)
         if func in SIGNATURES:
             bound = SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
@@ -101,13 +117,11 @@ class Watch(TorchFunctionMode):
             self._seen(weight, (x,), shape)
         return func(*args, **kwargs)
 
-    def _seen(
-        self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, batch_axis: int | None = None
-    ) -> None:
+    def _seen(self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, **how: Any) -> None:
         if id(weight) in self.names:
             inputs = inputs[:1] if all(x is inputs[0] for x in inputs) else inputs
             identity = tuple((x.data_ptr(), x.shape, x.stride(), x._version) for x in inputs)
-            self.see(self.names[id(weight)], Use((identity, str(geometry)), inputs, geometry, batch_axis))
+            self.see(self.names[id(weight)], Use((identity, str(geometry)), inputs, geometry, **how))
 
     def _attention(self, args: Any, kwargs: Any) -> Any:
         """Stock attention, whose projections are no calls of their own: stop it before the last one."""
@@ -139,6 +153,7 @@ SIGNATURES = {
     torch.conv2d: inspect.signature(_conv),
 }
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
+EMBEDDING = inspect.signature(F.embedding)
 
 
 def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int]]]:
@@ -224,14 +239,19 @@ class Accumulator:
 
     Attributes:
         valid: share of each sample that is not padding, for the uses to come.
+        lookup: whether one of the uses was an embedding's, which has no inputs to sum up.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.total, self.counts = name, torch.zeros(()), torch.zeros((), dtype=torch.long)
         self.valid: Tensor | None = None
+        self.lookup = False
 
     def add(self, _: str, use: Use) -> None:
         """One use of the weight."""
+        if use.lookup:
+            self.lookup = True
+            return
         for x, counts in columns(use, self.valid):
             product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
             with torch.autocast(x.device.type, enabled=False):

@@ -100,7 +100,8 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
     def see(name: str, use: Use) -> None:
         block = inside[-1] if inside else ""
         uses.setdefault(name, []).append((block, use))  # keeps the inputs, and so their identity
-        last[block] = use
+        if not use.lookup:
+            last[block] = use
         first.setdefault(name, len(first))
 
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered(name)) for name, m in modules.items()]
@@ -130,8 +131,9 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
         new = Unit(block, [], [], calls.count(block), block in last and last[block].geometry is not None)
         unit = units.setdefault(block or (name if name in uses else ""), new)
         keys = {use.key for _, use in uses.get(name, [])}
+        known = any(not use.lookup for _, use in uses.get(name, []))
         alike = (stage for stage in unit.stages if keys == {use.key for _, use in uses[stage[0]]})
-        if not keys:
+        if not known:
             unit.blind.append(name)
         elif (stage := next(alike, None)) is not None:
             stage.append(name)
