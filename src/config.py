@@ -141,6 +141,27 @@ def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def changed(task: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The task of a finished run with other values for some of its keys: words like ``task.beam=50``.
+
+    Raises:
+        BitfrontError: an unknown key, or a value of another type.
+    """
+    values = dict(task)
+    for word in words:
+        path, _, text = word.partition("=")
+        key = path.removeprefix("task.")
+        known = [name for name in task if name != "_target_"]
+        if key not in known:
+            raise BitfrontError(f"the task has no key '{key}'; {_closest(key, known)}keys: {', '.join(known)}")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise BitfrontError(f"'{word}' is no value") from None
+        _check_type(path, task[key], values[key])
+    return values
+
+
 def usage() -> str:
     """The help text: tasks, methods with their knobs, and the options that all cells share."""
     lines = [

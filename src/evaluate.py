@@ -1,11 +1,13 @@
 """Metrics of an artifact file, measured as in its run: loaded into a fresh float network.
 
 python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
+python -m src.evaluate artifact=runs/asr/lsq/<id>/model.safetensors task.beam=50    otherwise than in its run
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,24 +26,33 @@ def main() -> None:
         CONSOLE.print(f"{__doc__}\nOptions: {' '.join(f'{key}={value}' for key, value in OPTIONS.items())}")
         return
     try:
-        chosen = config.parse(words, OPTIONS)
-        metrics = evaluate(Path(chosen["artifact"]), chosen["data_root"], chosen["accelerator"])
+        otherwise = [word for word in words if word.startswith("task.")]
+        chosen = config.parse([word for word in words if word not in otherwise], OPTIONS)
+        metrics = evaluate(Path(chosen["artifact"]), chosen["data_root"], chosen["accelerator"], otherwise)
     except BitfrontError as error:
         sys.exit(f"error: {error}")
     CONSOLE.print(f"{chosen['artifact']}: {Path(chosen['artifact']).stat().st_size:,} bytes")
     for split, values in metrics.items():
         CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
     recorded = record.read(Path(chosen["artifact"]).with_name(record.RECORD))
-    if recorded and recorded["status"] == "finished":
+    if recorded and recorded["status"] == "finished" and not otherwise:
         same = recorded["metrics"] == metrics
         CONSOLE.print("the same as in its record" if same else f"its record says otherwise: {recorded['metrics']}")
 
 
-def evaluate(artifact: Path, data_root: str, accelerator: str) -> dict[str, dict[str, float]]:
+def evaluate(
+    artifact: Path, data_root: str, accelerator: str, otherwise: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """Metrics by split.
 
+    Args:
+        artifact: the file.
+        data_root: where data sets are.
+        accelerator: as ``trainer.accelerator``.
+        otherwise: words ``task.<key>=<value>``, for keys of the task that are to differ from its run.
+
     Raises:
-        BitfrontError: the file, the data or the device is not there.
+        BitfrontError: the file, the data or the device is not there, or a key or value does not fit the task.
     """
     if not artifact.is_file():
         raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
@@ -53,7 +64,8 @@ def evaluate(artifact: Path, data_root: str, accelerator: str) -> dict[str, dict
     about = Artifact.load(artifact).about
     if "task" not in about:
         raise BitfrontError(f"'{artifact}' does not say which task it is for; only artifacts of runs do")
-    task = cell.build_task(about | {"data_root": data_root, "seed": 0})
+    changed = config.changed(about["task"], otherwise)
+    task = cell.build_task(about | {"task": changed, "data_root": data_root, "seed": 0})
     return cell.evaluate(task, artifact, torch.device(training.accelerator(accelerator)))
 
 

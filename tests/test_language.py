@@ -381,7 +381,13 @@ def test_the_papers_recipe_on_two_processes(wikitext: Path, tmp_path: Path) -> N
     (record,) = (r for r in read_all(tmp_path / "runs") if r["method"] == "diffq")
     assert record["processes"] == 2 and len(record["history"]) == 3
     assert record["primary"]["name"] == "ppl" and record["primary"]["value"] < 168
-    assert evaluate(Path(record["artifact"]), str(wikitext), "cpu") == record["metrics"]
+    artifact = Path(record["artifact"])
+    assert evaluate(artifact, str(wikitext), "cpu") == record["metrics"]
+    otherwise = evaluate(artifact, str(wikitext), "cpu", ["task.overlap=0"])  # less context for each word
+    assert otherwise["test"]["loss"] != record["metrics"]["test"]["loss"]
+    for word, message in (("task.overlapp=0", "did you mean 'overlap'"), ("task.overlap=x", "takes a whole number")):
+        with pytest.raises(BitfrontError, match=message):
+            evaluate(artifact, str(wikitext), "cpu", [word])
 
 
 @pytest.mark.slow
