@@ -89,11 +89,11 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         own = list(self.model.quantizers.parameters())
         extra = self.method.optimizer(own) if own else None
-        main = self.task.optimizer([*self.model.network.parameters(), *([] if extra else own)])
-        chain = Chain([main, *([extra] if extra else [])])
+        self.main = self.task.optimizer([*self.model.network.parameters(), *([] if extra else own)])
+        chain = Chain([self.main, *([extra] if extra else [])])
         steps = self.trainer.estimated_stepping_batches
-        schedules = [lambda step: self.task.lr_factor(step, int(steps))] * len(main.param_groups)
-        constant = [lambda step: 1.0] * (len(chain.param_groups) - len(main.param_groups))
+        schedules = [lambda step: self.task.lr_factor(step, int(steps))] * len(self.main.param_groups)
+        constant = [lambda step: 1.0] * (len(chain.param_groups) - len(self.main.param_groups))
         return {
             "optimizer": chain,
             "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"},
@@ -125,6 +125,12 @@ class Training(pl.LightningModule):
                 if w.grad is None or not w.grad.any():
                     for p in quantizer.parameters():
                         p.grad = None
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        # Widths with an optimizer of their own neither count nor are clipped: the weights move as without them.
+        if self.task.clip:
+            parameters = [p for group in self.main.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.task.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -264,7 +270,6 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
         strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
         max_epochs=training.task.epochs,
-        gradient_clip_val=training.task.clip or None,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

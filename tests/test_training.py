@@ -31,7 +31,7 @@ class Recorded(Training):
 
 
 def trained(path: Path, method: str = "float", trainer: dict[str, Any] | None = None, **fields: Any) -> Recorded:
-    cell = config.load(["task=vit", f"quant={method}", "smoke=true"])
+    cell = config.load(["task=vit", *f"quant={method}".split(), "smoke=true"])
     task: Task = build_task(cell)
     for name, value in fields.items():
         setattr(task, name, value)
@@ -91,6 +91,11 @@ def test_the_penalty_spares_what_a_step_leaves_out(tmp_path: Path) -> None:
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert max(trained(tmp_path / "a").norms) > 0.1
     assert max(trained(tmp_path / "b", clip=0.01).norms) <= 0.01 * (1 + 1e-5)
+
+
+def test_what_the_penalty_does_to_widths_does_not_clip_the_weights(tmp_path: Path) -> None:
+    norms = trained(tmp_path, "diffq penalty=1e6", epochs=1, clip=0.01).norms
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
 
 
 def test_a_batch_in_parts_gives_the_same_training(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Task:
         epochs, batch_size, lr, weight_decay: the training recipe; batch_size is over all processes.
         warmup: share of the steps with a linearly rising learning rate, before a cosine to zero.
         pretrained: ``initial`` is trained already, so that the float cell only measures it.
-        clip: largest norm of the gradient; 0 for any.
+        clip: largest norm of the gradient of what the recipe's optimizer trains; 0 for any.
         ema: decay per step of an average of the weights, which then is what is validated and kept; 0 for none.
         keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split.
         max_size: MB that the best may have at most; 0 for any.
