@@ -173,10 +173,15 @@ def test_the_recipes_schedules() -> None:
     assert epochs == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     b3 = imagenet(name="efficientnet_imagenet")
     assert b3.lr_factor(350 * 240, 350 * 1000) == pytest.approx(0.97 ** math.floor(84 / 2.4))
-    paper = build_task(
-        config.load(["task=resnet_cifar10", "train.epochs=200", "train.schedule=step", "train.warmup=0"])
-    )
+    paper = build_task(config.load(["task=resnet_cifar10_paper"]))
     assert [paper.lr_factor(e, 200) for e in (0, 59, 60, 120, 180)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+
+
+def test_the_papers_cifar_recipe() -> None:
+    for quant, start, lr, widths in (("diffq", None, 0.1, 1e-3), ("ste", None, 0.1, None), ("lsq", "float", 0.01, 0.0)):
+        cell = config.load(["task=resnet_cifar10_paper", f"quant={quant}"])
+        assert (cell["init_from"], cell["train"]["lr"], cell["quant"].get("lr")) == (start, lr, widths)
+        assert (cell["train"]["epochs"], cell["train"]["batch_size"], cell["train"]["weight_decay"]) == (200, 128, 5e-4)
 
 
 def test_the_recipes_optimizers() -> None:
