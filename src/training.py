@@ -150,7 +150,7 @@ class Training(pl.LightningModule):
             numbers["size_mb"] = result.megabytes().item()
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": self.current_epoch + 1, "train/loss": loss, **numbers})
-        if self.task.keep == "best":
+        if self.task.keep != "last":
             self.compare(numbers)
         self.on_epoch(self.history[-1])
         self.save()
@@ -158,7 +158,7 @@ class Training(pl.LightningModule):
 
     def compare(self, numbers: dict[str, float]) -> None:
         """Keep a copy of the model if it is the best so far: small enough, or else the smallest."""
-        name, higher = self.task.primary
+        name, higher = self.task.primary if self.task.keep == "best" else ("loss", False)
         excess = max(numbers["size_mb"] - self.task.max_size, 0.0) if self.task.max_size else 0.0
         value = numbers[f"valid/{name}"] * (1 if higher else -1)
         score = [-excess, value if value == value else -math.inf]

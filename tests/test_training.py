@@ -66,6 +66,12 @@ def test_the_best_epoch_is_kept_also_after_an_interruption(tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(training), strict=True))
 
 
+def test_the_epoch_of_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+    training = trained(tmp_path, epochs=4, keep="loss", lr=0.03)
+    lowest = min(numbers["valid/loss"] for numbers in training.history)
+    assert training.task.evaluate(training.model.eval(), "valid")["loss"] == pytest.approx(lowest)
+
+
 def test_what_is_too_large_is_not_the_best(tmp_path: Path) -> None:
     training = trained(tmp_path, "diffq", keep="best", max_size=0.02)
     for size, top1, best in ((0.05, 90.0, True), (0.03, 50.0, True), (0.02, 40.0, True), (0.01, 30.0, False)):

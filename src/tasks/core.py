@@ -31,7 +31,8 @@ class Task:
         pretrained: ``initial`` is trained already, so that the float cell only measures it.
         clip: largest norm of the gradient of what the recipe's optimizer trains; 0 for any.
         ema: decay per step of an average of the weights, which then is what is validated and kept; 0 for none.
-        keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split.
+        keep: the network of the "last" epoch, or of the "best" by the primary metric on the validation split, or by the
+            "loss" there.
         max_size: MB that the best may have at most; 0 for any.
         repeats: how often a sample is drawn in a row, each time augmented anew ("repeated augmentation", arXiv
             1901.09335); an epoch has as many draws as there are samples.
@@ -68,7 +69,7 @@ class Task:
             "seed": self.seed >= 0,
             "train.clip": self.clip >= 0,
             "train.ema": 0 <= self.ema < 1,
-            "train.keep": self.keep in ("last", "best"),
+            "train.keep": self.keep in ("last", "best", "loss"),
             "train.max_size": self.max_size >= 0,
             "train.repeats": self.repeats >= 1,
             "train.workers": self.workers >= 0,

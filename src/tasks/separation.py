@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from src.data.audio import REMIXED, Excerpts, Song, Whole, excerpt_length, level, songs, tones
 from src.data.music import music
@@ -145,7 +145,7 @@ class Separation(Task):
         return 1.0 if self.schedule == "constant" else super().lr_factor(step, steps)
 
     def metrics(self, **options: Any) -> MetricCollection:
-        metrics: dict[str, Any] = {"global": GlobalSDR(self.sources, **options)}
+        metrics: dict[str, Any] = {"loss": MeanMetric(**options), "global": GlobalSDR(self.sources, **options)}
         if self.museval:
             metrics["framewise"] = FramewiseSDR(self.sources, self.samplerate, **options)
         return MetricCollection(metrics, compute_groups=False)
@@ -154,6 +154,7 @@ class Separation(Task):
         mixture, references = batch[0], batch[1:]
         starts = [k * self.samplerate // (2 * self.shifts) for k in range(self.shifts)]
         estimates = separate(net, mixture, self._samples(self.window), self.overlap, starts)
+        metrics["loss"].update((estimates - references).abs().mean() / level(mixture)[1])
         metrics["global"].update(references, estimates, mixture)
         if self.museval:
             metrics["framewise"].update(references, estimates)
