@@ -11,12 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import get_class
-from torch import distributed
+from torch import distributed, nn
 
 from src import record
 from src.artifact import Artifact
 from src.errors import BitfrontError
-from src.quant.calibration import PostTraining
+from src.quant.calibration import PostTraining, reestimate
 from src.quant.core import Float, Method, QuantizedModel
 from src.quant.plan import Calibration
 from src.record import Run
@@ -117,6 +117,8 @@ def _run(
             with _measured("train", stages):
                 training = Training(model, task, method, run.checkpoint, log)
                 fit(training, cell["trainer"])
+                if isinstance(method, PostTraining) and method.reestimate_bn:
+                    reestimate(model.to(device), _calibration(task, method, model.network, device, run))
                 history = training.history
             stages["train"]["seconds"] = training.seconds  # of interrupted attempts too
         model = model.cpu().eval()
@@ -179,7 +181,14 @@ def _attached(
         Artifact.load(start["artifact"]).load_into(network)
     if not isinstance(method, PostTraining):
         return method.attach(network)
-    data = Calibration(
+    try:
+        return method.attach(network.to(device), _calibration(task, method, network, device, run))
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
+
+
+def _calibration(task: Task, method: PostTraining, network: nn.Module, device: torch.device, run: Run) -> Calibration:
+    return Calibration(
         batches=task.calibration(method.samples, method.batch_size),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),
         blocks=task.blocks(network),
@@ -187,10 +196,6 @@ def _attached(
         states=run.blocks,
         seed=task.seed,
     )
-    try:
-        return method.attach(network.to(device), data)
-    except torch.OutOfMemoryError as error:
-        raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
 
 
 @contextmanager

@@ -461,6 +461,19 @@ def test_fine_tuning_trains_values_and_norms_alone() -> None:
     assert all(not torch.equal(after[name].lo, p.lo) for name, p in before.items())
 
 
+def test_values_that_are_learned_as_they_are_follow_the_gradient_of_scale_and_zero() -> None:
+    """SGD on w = s (code - middle) + z, as in the paper; in relative units a scale of 0.01 moves 10,000 times less."""
+    w, x = 0.01 * torch.randn(6, 8), torch.randn(8)
+    packed, _ = GPTQ(bits=2).solve(w, Moments(torch.eye(8).double()[None], 10))
+    s, z = (packed.span / 3).clone().requires_grad_(), (packed.lo + 2 * packed.span / 3).clone().requires_grad_()
+    ((s[:, None] * (packed.codes.view(6, 8).float() - 2) + z[:, None]) @ x).square().sum().backward()
+    frozen = Frozen(packed, True, relative=False)
+    (frozen.values() @ x).square().sum().backward()
+    assert frozen.gain is not None and frozen.shift is not None and s.grad is not None and z.grad is not None
+    torch.testing.assert_close(frozen.gain.grad.flatten(), s.grad)  # type: ignore[union-attr]
+    torch.testing.assert_close(frozen.shift.grad.flatten(), z.grad)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trainable_values_start_where_they_were_solved(symmetric: bool, dtype: torch.dtype) -> None:

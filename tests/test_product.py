@@ -6,8 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from src import config
+from src.artifact import Artifact
+from src.cell import build_task
 from src.run import run_cell
 
 DEFAULTS = ("asr", "lm", "resnet", "separation", "vit")
@@ -28,3 +32,17 @@ def test_every_method_runs_on_the_task(task: str, tmp_path: Path) -> None:
         quantized = sum(sum(counts) for counts in record["widths"].values())
         assert quantized == 0 if method == "float" else quantized > 0.5 * record["sizes"]["parameters"], method
         assert ("calibration" in record) == (method in ("rtn", "gptq", "decoupleq"))
+
+
+def test_batch_norms_are_measured_anew_after_fine_tuning(tmp_path: Path) -> None:
+    words = ["task=resnet", "quant=rtn", "quant.sft=true", "smoke=true", f"root={tmp_path}", "wandb=disabled"]
+    record = run_cell([*words, "quant.reestimate_bn=true", "quant.batch_size=64", "trainer.accelerator=cpu"])
+    task = build_task(config.load(words))
+    network = task.model()
+    Artifact.load(Path(record["artifact"])).load_into(network)
+    (norm, *_), seen = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)], []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        for batch in task.calibration(1024, 64):
+            task.loss(network.eval(), batch)
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)

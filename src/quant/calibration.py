@@ -51,9 +51,11 @@ class PostTraining(Method):
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
-        reestimate_bn: measure the statistics of batch norms anew, with the quantized weights.
+        reestimate_bn: measure the statistics of batch norms anew, with the quantized weights; again after fine-tuning.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
             and the norms learn.
+        sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
+            are learned as they are.
     """
 
     samples: int = 1024
@@ -65,6 +67,7 @@ class PostTraining(Method):
     block_lr: float = 1e-3
     reestimate_bn: bool = False
     sft: bool = False
+    sft_relative: bool = True
     after_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -110,7 +113,7 @@ class PostTraining(Method):
         check_finite(network)
         packed, log = calibrate(network, self, data)
         frozen: dict[str, Quantizer] = {
-            name: Frozen(p, self.sft, self.of(name).keeps_zero) for name, p in packed.items()
+            name: Frozen(p, self.sft, self.of(name).keeps_zero, self.sft_relative) for name, p in packed.items()
         }
         if self.sft:
             norms = {name for name, _ in norm_parameters(network)} - packed.keys()
@@ -139,8 +142,7 @@ def calibrate(
     """
     weights = method.eligible(network)
     method.check_shapes({name: w.shape for name, w in weights.items()})
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    check(bool(norms) or not method.reestimate_bn, "quant.reestimate_bn: the network has no batch norm")
+    check(not method.reestimate_bn or bool(_batch_norms(network)), "quant.reestimate_bn: the network has no batch norm")
     check(len(data.batches) > 0, "there is no calibration data")
     training, fast = network.training, torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # which packs padded batches into nested tensors
@@ -148,7 +150,7 @@ def calibrate(
     try:
         packed, log = _walk(network, method, weights, data)
         if method.reestimate_bn:
-            reestimate(network, norms, data)
+            reestimate(network, data)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     network.train(training)
@@ -272,9 +274,15 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
     return captured
 
 
+def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @torch.no_grad()
-def reestimate(network: nn.Module, norms: list[_BatchNorm], data: Calibration) -> None:
-    """Measure mean and variance of the batch norms anew, over all batches with equal weight."""
+def reestimate(network: nn.Module, data: Calibration) -> None:
+    """Measure the batch norms anew, over all batches with equal weight; all else is as in evaluation."""
+    network.eval()
+    norms = _batch_norms(network)
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()

@@ -54,12 +54,13 @@ class Frozen(Quantizer):
     Args:
         packed: with one width for all codes if trainable.
         trainable: learn the values that the codes stand for, as decoupleQ's block-wise and fine-tuning stages do. The
-            parameters are relative: ``gain`` (of the distance of neighbours) and ``shift`` (of the middle value), both
-            in units of the distance at the start, so that one learning rate fits every tensor.
+            parameters are ``gain`` (the distance of neighbours) and ``shift`` (the middle value).
+        relative: both in units of the distance at the start, so that one learning rate fits every tensor; else they are
+            the paper's s and z.
         symmetric: the values stay where they are relative to each other and to 0: no ``shift``.
     """
 
-    def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False) -> None:
+    def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
         self.shape = packed.shape
         for name in ("codes", "bits", "lo", "span"):
@@ -67,9 +68,9 @@ class Frozen(Quantizer):
         self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))
         self.gain = self.shift = None
         if trainable:
-            unit = packed.span.float() / self.levels
-            self.register_buffer("unit", torch.where(unit == 0, 1.0, unit))
-            self.gain = nn.Parameter((unit != 0).float())
+            distance = packed.span.float() / self.levels
+            self.register_buffer("unit", torch.where((distance == 0) | (not relative), 1.0, distance))
+            self.gain = nn.Parameter(distance / self.get_buffer("unit"))
             middle = packed.lo.float() / self.get_buffer("unit") + self.gain.detach() * self.middle
             self.shift = nn.Parameter(middle, requires_grad=not symmetric)
 
