@@ -211,7 +211,8 @@ def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
             row = next((row for row in part if (row.method, row.setting) == (method, usual)), None)
             about = ", ".join([f"{row.size / MIB:.3f} MiB", *usual.split()]) if row else ""
             cells.append(f"{row.value:.4g} ({about})" if row else "")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -89,7 +89,7 @@ def test_the_overview_has_the_cells_without_options(tmp_path: Path) -> None:
     fill_readme(page, {"vit": rows(usual)})
     text = page.read_text()
     assert "| float | 90 (4.000 MiB) |" in text and "| rtn | 80 (1.000 MiB, bits=4) |" in text
-    assert "60" not in text and "old" not in text and "kept" in text
+    assert "60" not in text and "| gptq |" not in text and "old" not in text and "kept" in text
 
 
 def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
