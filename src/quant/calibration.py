@@ -17,7 +17,8 @@ import io
 import pickle
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,15 +145,12 @@ def calibrate(
     method.check_shapes({name: w.shape for name, w in weights.items()})
     check(not method.reestimate_bn or bool(_batch_norms(network)), "quant.reestimate_bn: the network has no batch norm")
     check(len(data.batches) > 0, "there is no calibration data")
-    training, fast = network.training, torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which packs padded batches into nested tensors
+    training = network.training
     network.eval()
-    try:
+    with _no_fast_path():
         packed, log = _walk(network, method, weights, data)
-        if method.reestimate_bn:
-            reestimate(network, data)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    if method.reestimate_bn:
+        reestimate(network, data)
     network.train(training)
     return {name: packed[name] for name in weights}, log
 
@@ -274,6 +272,17 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
     return captured
 
 
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without stock attention's fast path, which packs padded batches into nested tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
@@ -288,8 +297,9 @@ def reestimate(network: nn.Module, data: Calibration) -> None:
         m.reset_running_stats()
         m.momentum = None
         m.train()
-    for batch in data.batches:
-        data.run(network, batch)
+    with _no_fast_path():
+        for batch in data.batches:
+            data.run(network, batch)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
         m.eval()
