@@ -49,7 +49,7 @@ results: .venv/installed  ## Regenerate tables, figures and README's block from 
 
 lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-annotate --no-header --group pyproject.toml:dev --extra espeak pyproject.toml -o requirements.lock
+		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard pyproject.toml -o requirements.lock
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
