@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ def build_task(cell: Mapping[str, Any]) -> Task:
 
 
 def execute(
-    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, rank: int, group: str
+    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, rank: int
 ) -> dict[str, Any]:
     """Run a cell whose directory is locked; resume its training if it was interrupted.
 
@@ -54,7 +55,6 @@ def execute(
         start: artifact to start from, and its hash.
         run: where results go.
         rank: number of this process; 0 writes.
-        group: of W&B runs.
 
     Returns:
         The record.
@@ -74,7 +74,7 @@ def execute(
         "environment": record.environment(),
     }
     try:
-        result = {"status": "finished"} | about | _run(cell, start, run, rank, about, group)
+        result = {"status": "finished"} | about | _run(cell, start, run, rank, about)
     except BitfrontError as error:
         if rank == 0:
             with suppress(BitfrontError):  # on a full disk, the first message is the one that counts
@@ -91,7 +91,7 @@ def execute(
 
 
 def _run(
-    cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, about: dict[str, Any], group: str
+    cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, about: dict[str, Any]
 ) -> dict[str, Any]:
     device = torch.device(accelerator(cell["trainer"]["accelerator"]))
     task, method = build_task(cell), build(cell["quant"])
@@ -103,7 +103,7 @@ def _run(
         cell["wandb"] if rank == 0 else "disabled",
         run_id=about["id"],
         name=f"{about['task']} {about['method']} {about['setting']}",
-        group=group or about["task"],
+        group=os.environ.get("WANDB_RUN_GROUP") or about["task"],  # a sweep sets it
         config=about["config"],
         directory=run.path,
     )
