@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from src import config, record
+from src import config, record, tracking
 from src.errors import BitfrontError
 from src.record import Run
 
@@ -84,6 +84,8 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
     if finished:
         if not nested:
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
+            if tracking.under_agent() and rank() == 0:
+                tracking.mirror(cell["wandb"], finished, group)
         return finished
     if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
         raise BitfrontError("calibration is for one process; run this cell without torchrun")
@@ -112,7 +114,8 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
         raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
     shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
     overrides = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
-    overrides = [*overrides, "quant=float"]
+    # The agent's one W&B run is the cell's own.
+    overrides = [*overrides, "quant=float", *(["wandb=disabled"] if tracking.under_agent() else [])]
     if not Run(directory(config.load(overrides), None)).finished():
         command = f"python -m src.run {' '.join(overrides)}"
         if "RANK" in os.environ:
