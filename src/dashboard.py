@@ -13,15 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from src import config, record, tracking
 from src.errors import BitfrontError
 
-if TYPE_CHECKING:
+try:
     from wandb_workspaces import workspaces
+    from wandb_workspaces.reports import v2 as wr
+except ImportError:  # it is optional
+    workspaces = None  # type: ignore[assignment]
 
 OPTIONS = {"task": "", "entity": "", "project": tracking.project(), "dry_run": False}
 SIZE, BITS = "size/mib", "size/bits_per_weight"
@@ -32,15 +35,17 @@ def main() -> None:
     """Save the views that the command line asks for, or print them."""
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
-        CONSOLE.print(f"{__doc__}\nOptions: {' '.join(f'{key}={value}' for key, value in OPTIONS.items())}")
+        options = " ".join(f"{key}={value}" for key, value in OPTIONS.items()).replace("=False", "=false")
+        CONSOLE.print(f"{__doc__}\nOptions: {options}")
         return
     try:
         root = Path(words.pop(0)) if words and "=" not in words[0] else Path("runs")
         chosen = config.parse(words, OPTIONS)
         made = views(root, chosen["task"], chosen["project"])
-        for view in made if chosen["dry_run"] else []:
-            CONSOLE.print(outline(view._to_model().model_dump(by_alias=True, exclude_none=True)))
-        if not chosen["dry_run"]:
+        if chosen["dry_run"]:
+            for view in made:
+                CONSOLE.print(outline(view._to_model().model_dump(by_alias=True, exclude_none=True)))
+        else:
             save(made, chosen["entity"])
     except BitfrontError as error:
         sys.exit(f"error: {error}")
@@ -52,17 +57,14 @@ def views(root: Path, task: str, project: str) -> list[workspaces.Workspace]:
     Raises:
         BitfrontError: there are no such runs, or W&B's library for views is not installed.
     """
+    if workspaces is None:
+        raise BitfrontError("views need W&B's library for them; install it: pip install wandb-workspaces==0.4.13")
     records = [each for each in record.read_all(root) if not each["config"]["smoke"]]
     tasks = sorted({each["task"] for each in records})
-    if not tasks or task not in ("", *tasks):
-        there = f"there are task={', '.join(tasks)}" if tasks else "make one with: python -m src.run task=vit"
-        raise BitfrontError(f"no finished runs{f' of task={task}' if task else ''} in '{root}'; {there}")
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError:
-        raise BitfrontError(
-            "views are made with W&B's library, which is not installed: pip install wandb-workspaces==0.4.13"
-        ) from None
+    if not tasks:
+        raise BitfrontError(f"no finished runs in '{root}', smoke runs aside; make one: python -m src.run task=vit")
+    if task not in ("", *tasks):
+        raise BitfrontError(f"no finished runs of task={task} in '{root}'; there are task={', '.join(tasks)}")
     return [view([r for r in records if r["task"] == name], project) for name in tasks if task in ("", name)]
 
 
@@ -73,8 +75,6 @@ def view(records: Sequence[dict[str, Any]], project: str) -> workspaces.Workspac
         records: finished ones, all of the task.
         project: in W&B.
     """
-    from wandb_workspaces import workspaces
-
     task, metric = records[0]["task"], f"test/{records[0]['primary']['name']}"
     return workspaces.Workspace(
         entity="",  # the user's, when it is saved
@@ -92,9 +92,6 @@ def view(records: Sequence[dict[str, Any]], project: str) -> workspaces.Workspac
 
 def front(records: Sequence[dict[str, Any]]) -> workspaces.Section:
     """Metric against size, a point per run, with the line of the best metric up to each size: the Pareto front."""
-    from wandb_workspaces import workspaces
-    from wandb_workspaces.reports import v2 as wr
-
     name, higher = records[0]["primary"]["name"], records[0]["primary"]["higher_is_better"]
     panels: list[Any] = [
         wr.ScatterPlot(
@@ -112,9 +109,6 @@ def front(records: Sequence[dict[str, Any]]) -> workspaces.Section:
 
 def bits(records: Sequence[dict[str, Any]]) -> list[workspaces.Section]:
     """Bits over the epochs: means, and each tensor's histogram. Nothing if no run has trained widths."""
-    from wandb_workspaces import workspaces
-    from wandb_workspaces.reports import v2 as wr
-
     tensors = sorted({name for each in records if each["history"] for name in each["widths"]})
     if not tensors:
         return []
@@ -131,18 +125,12 @@ def bits(records: Sequence[dict[str, Any]]) -> list[workspaces.Section]:
 
 def training(records: Sequence[dict[str, Any]]) -> list[workspaces.Section]:
     """What every epoch logs: losses, validation metrics, size by the papers' rule. Nothing if no run has trained."""
-    from wandb_workspaces import workspaces
-    from wandb_workspaces.reports import v2 as wr
-
     names = sorted({name for each in records for numbers in each["history"] for name in numbers} - {"epoch"})
     return [workspaces.Section(name="Training", panels=[wr.LinePlot(y=[name]) for name in names])] if names else []
 
 
 def runs(metric: str) -> workspaces.Section:
     """Methods, sweeps and single runs side by side."""
-    from wandb_workspaces import workspaces
-    from wandb_workspaces.reports import v2 as wr
-
     panels: list[Any] = [
         *(wr.BarPlot(title=f"{y} by method", metrics=[y], groupby=wr.Config("method")) for y in (metric, "minutes")),
         wr.BarPlot(title=f"{metric} by sweep", metrics=[metric], groupby="Group"),
