@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,14 +98,7 @@ def _run(
     with _measured("attach", stages):
         model = _attached(task, method, start, device, run)
     history: list[dict[str, float]] = []
-    tracker = Tracker(
-        cell["wandb"] if rank == 0 else "disabled",
-        run_id=about["id"],
-        name=f"{about['task']} {about['method']} {about['setting']}",
-        group=os.environ.get("WANDB_RUN_GROUP") or about["task"],  # a sweep sets it
-        config=about["config"],
-        directory=run.path,
-    )
+    tracker = Tracker(cell["wandb"] if rank == 0 else "disabled", about, run.path)
     try:
         if method.trains and not (task.pretrained and isinstance(method, Float)):
 
@@ -141,9 +133,7 @@ def _run(
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
         }
-        summary = {f"test/{name}": value for name, value in metrics["test"].items()}
-        summary |= {f"size/{name}": value for name, value in result["sizes"].items()}
-        tracker.finish(summary, run.artifact)
+        tracker.finish(result, run.artifact)
         return result
     finally:
         tracker.close()

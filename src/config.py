@@ -130,10 +130,11 @@ def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or key not in defaults:
             raise BitfrontError(f"unknown option '{word}'; options: {', '.join(f'{k}=' for k in defaults)}")
+        kind = type(defaults[key])
         try:
-            values[key] = type(defaults[key])(text)
-        except ValueError:
-            raise BitfrontError(f"{key} takes {TYPES[type(defaults[key])]}, got '{text}'") from None
+            values[key] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise BitfrontError(f"{key} takes {TYPES[kind]}, got '{text}'") from None
     return values
 
 

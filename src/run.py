@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from src import config, record
+from src import config, record, tracking
 from src.errors import BitfrontError
 from src.record import Run
 
@@ -76,6 +76,8 @@ def run_cell(overrides: list[str], nested: bool = False) -> dict[str, Any]:
     if finished:
         if not nested:
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
+            if tracking.under_agent() and rank() == 0:
+                tracking.mirror(cell["wandb"], finished)
         return finished
     if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
         raise BitfrontError("calibration is for one process; run this cell without torchrun")
@@ -124,7 +126,9 @@ def float_start(cell: dict[str, Any], overrides: list[str]) -> list[str] | None:
     if cell["names"]["quant"] == "float":
         raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
     shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
-    return [*(o for o in overrides if o.partition("=")[0].partition(".")[0] in shared), "quant=float"]
+    words = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
+    # The one W&B run of a sweep's agent is the cell's own.
+    return [*words, "quant=float", *(["wandb=disabled"] if tracking.under_agent() else [])]
 
 
 def directory(cell: dict[str, Any], start: dict[str, str] | None) -> Path:
