@@ -38,7 +38,10 @@ def main() -> None:
         if config.sweeps(words):
             from src import sweep
 
-            sweep.main([word for word in words if not word.startswith("-")])
+            words = [word for word in words if word not in ("-m", "--multirun")]
+            if flags := [word for word in words if word.startswith("-")]:
+                raise BitfrontError(f"a sweep takes no {flags[0]}; leave it, or -m, out")
+            sweep.main(words)
         else:
             job()
     except BitfrontError as error:

@@ -44,7 +44,7 @@ from src.run import as_start, directory, float_start, run_cell, start_of, summar
 
 CONSOLE = Console(highlight=False, soft_wrap=True, markup=False)
 ERRORS = Console(highlight=False, soft_wrap=True, markup=False, stderr=True)
-PARENT, GROUP = "BITFRONT_SWEEP", "WANDB_RUN_GROUP"
+PARENT, WORKERS, GROUP = "BITFRONT_SWEEP", "BITFRONT_WORKERS", "WANDB_RUN_GROUP"
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Cell:
     words: list[str]
     error: str = ""
     busy: bool = False
+    _run: Run | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -74,10 +75,13 @@ class Cell:
 
     def run(self) -> Run | None:
         """Its run directory; None as long as the start that names it is not finished."""
-        if not self.start:
-            return Run(directory(self.config, start_of(self.config, self.words)))
-        finished = self.start.record()
-        return Run(directory(self.config, as_start(finished))) if finished else None
+        if self._run is None:
+            finished = self.start.record() if self.start else None
+            if self.start and not finished:
+                return None
+            start = as_start(finished) if finished else start_of(self.config, self.words)
+            self._run = Run(directory(self.config, start))
+        return self._run
 
     def record(self) -> dict[str, Any] | None:
         """Of the finished run."""
@@ -96,9 +100,12 @@ def main(words: Sequence[str]) -> None:
     Raises:
         BitfrontError: some cells failed, or the cluster does not start them.
     """
-    os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault(GROUP, " ".join(words)[:120])
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with (
+        tempfile.TemporaryDirectory(prefix="bitfront-") as workers,
+        initialize_config_dir(str(config.CONF), version_base="1.3"),
+    ):
+        os.environ |= {PARENT: str(os.getpid()), WORKERS: workers}
         sweep = Sweep(words)
         if sweep.config.hydra.runtime.choices.sweeper == "optuna":
             from src.search import search
@@ -163,6 +170,8 @@ class Sweep:
             try:
                 if cell.start:
                     cell.start = starts.setdefault(tuple(cell.start.words), cell.start)
+                else:
+                    cell.run()
             except BitfrontError as error:
                 cell.error = str(error)
         missing = [start for start in starts.values() if not start.record()]
@@ -206,7 +215,10 @@ class Sweep:
         if not suspects:
             raise BitfrontError(f"the cluster does not run cells: {_first_line(error)}") from None
         if len(cells) == 1:
-            cells[0].error = f"its process died, perhaps for want of memory ({_first_line(error)})"
+            cells[0].busy, cells[0].error = (
+                False,
+                f"its process died, perhaps for want of memory ({_first_line(error)})",
+            )
             return
         _wait(suspects)  # those beside it may go on
         for cell in suspects:
@@ -273,7 +285,7 @@ def _enlist() -> None:
     if any(thread.name == PARENT for thread in threading.enumerate()):
         return
     threading.Thread(target=_end_with, args=(os.getppid(),), name=PARENT, daemon=True).start()
-    number = own_number(Path(tempfile.gettempdir()) / f"bitfront-{os.environ[PARENT]}")
+    number = own_number(Path(os.environ[WORKERS]))
     if sys.stderr.isatty():
         os.environ["TQDM_POSITION"] = str(number)
     import torch
@@ -290,7 +302,6 @@ def own_number(place: Path) -> int:
     Args:
         place: folder of locks, which processes hold as long as they live.
     """
-    place.mkdir(exist_ok=True)
     for number in itertools.count():
         lock = open(place / str(number), "w")  # noqa: SIM115 held until the process ends
         try:

@@ -246,6 +246,8 @@ def test_a_search_minimises_size_and_validation_loss() -> None:
     ("words", "answer"),
     [
         (("quant=diffq", "penalty=interval(1,2)"), "add sweeper=optuna"),
+        (("quant=rtn", "init_from=/nowhere"), "1 of 1 cells failed"),
+        (("quant=rtn", "--cfg", "job"), "takes no --cfg"),
         (("quant=diffq", "sweeper=optuna"), "got nothing"),
         (("task=vit,lm", "quant=diffq", "penalty=1,2", "sweeper=optuna"), "options of one task"),
         (("quant=diffq", "trainer.devices=2", "cluster=local", "penalty=1,2"), "trainer.devices=2 penalty=1,2 cluster"),
