@@ -74,7 +74,11 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
 
 
 def over_layers(
-    table: Sequence[Row], values: Callable[[dict[str, Any]], dict[str, float]], stem: Path, label: str, log: bool = False
+    table: Sequence[Row],
+    values: Callable[[dict[str, Any]], dict[str, float]],
+    stem: Path,
+    label: str,
+    log: bool = False,
 ) -> None:
     """A line per method and setting over the layers in the network's order, as SVG; of seeds, the first one counts.
 

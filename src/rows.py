@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shlex
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import BitfrontError
+from src.record import identity
 
 MIB = 2**20
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -168,12 +168,10 @@ class Row:
 
 def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) -> list[Row]:
     """Records grouped over seeds, sorted by task and size, with published numbers, and the best marked."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in {r["id"]: r for r in records}.values():
-        same = {key: each["config"][key] for key in ("task", "train", "quant", "init_from", "smoke", "trainer")}
-        same["trainer"] = same["trainer"]["precision"]
-        key = json.dumps([each["task"], each["method"], each["setting"], same], sort_keys=True)
-        groups.setdefault(key, []).append(each)
+        seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
+        groups.setdefault((each["task"], each["method"], each["setting"], seedless), []).append(each)
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
@@ -200,9 +198,7 @@ def _mark(table: Sequence[Row]) -> None:
     front: dict[str, Row] = {}
     for row in sorted(table, key=lambda row: (row.size, -goodness(row))):
         last = front.get(row.task)
-        row.best = (
-            last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
-        )
+        row.best = last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
         if row.best:
             front[row.task] = row
 
@@ -216,12 +212,14 @@ def published(folder: Path = RECIPES) -> list[Published]:
     found = []
     for path in sorted(folder.glob("*/paper.csv")):
         with open(path, newline="") as file:
-            lines = csv.DictReader(file)
+            lines = csv.DictReader(file, restval="")
             for line in lines:
                 try:
                     found.append(_published(path.parent.name, line))
-                except (KeyError, TypeError, ValueError) as error:
-                    raise BitfrontError(f"'{path}', line {lines.line_num}: {error!r}; correct the line") from None
+                except KeyError as column:
+                    raise BitfrontError(f"'{path}' has no column {column}") from None
+                except ValueError as error:
+                    raise BitfrontError(f"'{path}', line {lines.line_num}: {error}") from None
     return [number for number in found if number.task]
 
 

@@ -21,7 +21,10 @@ FORBIDDEN = {
     | {"src.quant", "src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
     "src/training.py": {"hydra", "wandb", "omegaconf", "src.run", "src.cell"},
     "src/record.py": FRAMEWORKS | {"torch", "src.quant", "src.tasks", "src.artifact"},
-    "src/report.py": {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"},
+    **dict.fromkeys(
+        ("src/report.py", "src/rows.py", "src/tables.py", "src/figures.py", "src/page.py"),
+        {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"},
+    ),
 }
 
 

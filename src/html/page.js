@@ -76,16 +76,16 @@ function rowColumns(task) {
   const papers = task.rows.some((row) => row.paper || row.paper_file);
   return [
     { head: "method", lead: true, value: (r) => `${r.method} ${r.setting}`, cell: (r) => [swatch(LOOKS.get(r.method)), el("b", {}, r.method), el("span", { class: "setting" }, ` ${r.setting}`)] },
-    { head: "best", title: "not beaten in both size and metric", value: (r) => (r.best ? 0 : 1),
+    { head: "★", title: "not beaten in both size and metric", value: (r) => (r.best ? 0 : 1),
       cell: (r) => [r.best && el("span", { class: "star", title: "not beaten in both size and metric", role: "img", "aria-label": "on the Pareto front" }, "★"),
         r.dirty && el("span", { class: "warn", title: "with code that git does not have" }, "!")] },
     { head: "MiB", number: true, value: (r) => r.size, cell: (r) => show.size(r.size) },
-    { head: "ratio", title: "how many times smaller than float", number: true, value: (r) => r.ratio, cell: (r) => r.ratio.toFixed(2) },
-    { head: "bits/w", title: "bits of the file per parameter", number: true, value: (r) => r.bits, cell: (r) => r.bits.toFixed(2) },
     { head: `${task.metric} ${arrow(task)}`, title: "on the test split, mean ± standard deviation over seeds", number: true, value: (r) => r.value, cell: metric },
     papers && { head: "paper MiB", number: true, value: (r) => r.paper_file?.size, cell: (r) => (r.paper_file ? marked(r.paper_file, +(r.paper_file.size / MIB).toPrecision(4)) : "") },
     papers && { head: "paper", number: true, value: (r) => r.paper?.value, cell: (r) => (r.paper ? marked(r.paper, show.metric(r.paper.value)) + (r.paper.metric === task.metric ? "" : ` ${r.paper.metric}`) : "") },
     papers && { head: "difference", number: true, value: (r) => r.difference, cell: (r) => (r.difference == null ? "" : (r.difference > 0 ? "+" : "") + r.difference.toFixed(2)) },
+    { head: "ratio", title: "how many times smaller than float", number: true, value: (r) => r.ratio, cell: (r) => r.ratio.toFixed(2) },
+    { head: "bits/w", title: "bits of the file per parameter", number: true, value: (r) => r.bits, cell: (r) => r.bits.toFixed(2) },
     { head: "seeds", number: true, value: (r) => r.values.length, cell: (r) => r.values.length },
     { head: "time", title: "of training or solving", number: true, value: (r) => r.seconds, cell: (r) => show.time(r.seconds) },
     { head: "memory", title: "most that was held", number: true, value: (r) => r.gpu_memory || r.memory, cell: memory },
@@ -135,7 +135,7 @@ function taskPage(task) {
       rowClass: (row) => row.best && "best" }));
     const all = await records();
     for (const [place, title, values, label, log] of [[bits, "Bits per layer", (r) => (learned(r) ? meanBits(r) : []), "mean bits per weight", false],
-      [loss, "Loss per layer, after training", losses, "relative loss of the layer's output", true]]) {
+      [loss, "Loss per layer of post-training methods", losses, "relative loss of the layer's output", true]]) {
       const charts = overLayers(rows, all, values, label, log);
       place.replaceChildren(...(charts.length ? [card(title, charts)] : []));
     }
@@ -180,7 +180,7 @@ function overview() {
   const bar = toolbar(METHODS.filter((method) => DATA.tasks.some((task) => task.rows.some((row) => row.method === method))), update);
   update();
   return [el("h1", {}, "At this size, which method keeps the accuracy?"),
-    el("p", { class: "sub" }, `${DATA.tasks.length} tasks, ${ROWS.size} runs. Sizes are of the files on disk; metrics are of the test split, measured on the reloaded file.`),
+    el("p", { class: "sub" }, `${DATA.tasks.length} tasks, ${ROWS.size} runs. Sizes are of the files on disk; metrics are of the test split, measured on the reloaded file. “Within 1 %” is the smallest file whose metric is no more than one percent worse than float's.`),
     bar.node, cards];
 }
 

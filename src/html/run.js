@@ -8,12 +8,11 @@ const tile = (name, value, more) => el("div", { class: "tile" }, el("span", {}, 
 function tree(value) {
   if (value === null) return el("span", { class: "null" }, "null");
   if (Array.isArray(value)) return value.some((v) => v && typeof v === "object")
-    ? el("div", {}, value.map((v) => tree(v))) : el("span", {}, value.length ? value.map(plain).join(", ") : "[]");
+    ? el("div", {}, value.map((v) => tree(v))) : el("span", {}, value.length ? value.map(String).join(", ") : "[]");
   if (typeof value === "object") return el("dl", { class: "tree" }, Object.entries(value).map(([key, v]) =>
     el("div", { class: v && typeof v === "object" && !Array.isArray(v) ? "branch" : null }, el("dt", {}, key), el("dd", {}, tree(v)))));
-  return el("span", {}, plain(value));
+  return el("span", {}, String(value));
 }
-const plain = (value) => (typeof value === "number" ? String(value) : String(value));
 
 function curves(record) {
   const groups = new Map();
@@ -52,7 +51,7 @@ function layerTable(record) {
     known("shape") && { head: "shape", cell: (row) => row.shape?.join(" × ") || "" },
     { head: "weights", number: true, value: (row) => row.counts?.reduce((a, b) => a + b), cell: (row) => row.counts?.reduce((a, b) => a + b).toLocaleString("en") || "" },
     { head: "mean bits", number: true, value: (row) => row.bits, cell: (row) => row.bits?.toFixed(3) ?? "" },
-    { head: "weights by bits", cell: (row) => (row.counts || []).map((n, b) => n && `${b}: ${n.toLocaleString("en")}`).filter(Boolean).join("  ") },
+    { head: "weights by bits", cell: (row) => (row.counts || []).map((n, b) => n && `${b}: ${n.toLocaleString("en")}`).filter(Boolean).join(" · ") },
     ...more.map((key) => ({ head: key.replaceAll("_", " "), number: rows.every((row) => typeof row[key] !== "string"), value: (row) => row[key],
       cell: (row) => (row[key] == null ? "" : key === "seconds" ? show.time(row[key]) : typeof row[key] === "number" ? show.number(row[key]) : JSON.stringify(row[key])) })),
     known("steps") && { head: "loss after each step", cell: (row) => Object.entries(row.steps || {}).map(([k, v]) => `${k} ${+v.toPrecision(4)}`).join(" → ") },
