@@ -16,7 +16,7 @@ from matplotlib import pyplot, ticker
 from src.rows import MIB, Published, Row, layer_losses, learned_bits
 from src.tables import arrow
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "bitfront",  # the same file every time
     "svg.fonttype": "none",
     "font.size": 10,
@@ -42,8 +42,8 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     front = [row for row in table if row.best]
     axes.step([r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0)
-    known = [p for p in papers if p.metric == table[0].metric and p.value is not None and p.size]
-    for number, method in enumerate(sorted({r.method for r in table} | {p.method for p in known})):
+    known = [(p.method, p.size / MIB, p.value) for p in papers if p.metric == table[0].metric and p.value and p.size]
+    for number, method in enumerate(sorted({r.method for r in table} | {method for method, *_ in known})):
         look: dict[str, Any] = {"fmt": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
         points = [row for row in table if row.method == method]
         axes.errorbar(
@@ -54,10 +54,10 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
             label=method if points else None,
             **look,
         )
-        theirs = [p for p in known if p.method == method]
+        theirs = [(x, y) for name, x, y in known if name == method]
         axes.errorbar(
-            [p.size / MIB for p in theirs if p.size],
-            [p.value for p in theirs],
+            [x for x, _ in theirs],
+            [y for _, y in theirs],
             markerfacecolor="none",
             label=f"{method}, published" if theirs else None,
             **look,

@@ -1,7 +1,7 @@
 """One HTML page of all rows and runs, in a single file that opens without a network.
 
-The rows lie in it as JSON. What a run's own page shows, the whole record, is packed with gzip and unpacked by the browser
-when the first run is opened. Nothing in a record becomes markup: the script writes text only, and the page's policy
+The rows lie in it as JSON. The records, for the runs' own pages and the charts over layers, are packed with gzip and
+unpacked by the browser once. Nothing in a record becomes markup: the script writes text only, and the page's policy
 allows no script but its own.
 """
 

@@ -19,8 +19,8 @@ Options:
     out=tables                 the folder to write to
     readme=README.md           a file whose blocks between <!-- table:TASK --> and <!-- end --> are filled
 
-Sizes are those of the files on disk, in MiB; a star marks rows that no other row beats in both size and metric. Published
-numbers are those of recipes/*/paper.csv.
+Sizes are those of the files on disk, in MiB; a star marks rows that no other row beats in both size and metric.
+Published numbers are those of recipes/*/paper.csv.
 """
 
 from __future__ import annotations

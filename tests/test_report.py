@@ -1,4 +1,4 @@
-"""The report: rows grouped over seeds, sorted, the best marked, beside published numbers; and what is committed of it."""
+"""The report: rows grouped over seeds, sorted, the best marked, beside published numbers; and the committed results."""
 
 from __future__ import annotations
 

@@ -137,19 +137,37 @@ function scatter({ points, hollow, front, xlabel, ylabel, about }, width, hover)
     x: { values: every.map((p) => p.x), log: true }, y: { values: [...every.map((p) => p.y), ...spreads] } });
   if (front.length > 1)
     root.append(svg("path", { class: "front", d: front.map((p, n) => (n ? `H${x(p.x)}V${y(p.y)}` : `M${x(p.x)} ${y(p.y)}`)).join("") }));
+  const tell = (p) => {
+    root.querySelector(".on")?.classList.remove("on");
+    p.node.classList.add("on");
+    hover.show(x(p.x), y(p.y), about(p));
+  };
   for (const p of every) {
-    const tell = () => hover.show(x(p.x), y(p.y), about(p));
     const still = p.spread ? svg("path", { class: "spread", stroke: p.look.color,
       d: `M${x(p.x)} ${y(p.y - p.spread)}V${y(p.y + p.spread)}` }) : null;
-    root.append(svg("g", { class: "point", tabindex: 0, role: "button", "aria-label": p.name, "data-run": p.run,
-      onpointerenter: tell, onpointerleave: hover.later, onfocus: tell, onblur: hover.later,
-      onclick: () => { tell(); hover.pin(); },
-      onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); tell(); hover.pin(); } } },
+    p.node = svg("g", { class: "point", tabindex: 0, role: "button", "aria-label": p.name, "data-run": p.run,
+      onfocus: () => tell(p), onblur: hover.later,
+      onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); tell(p); hover.pin(); } } },
     still, svg("circle", { class: "target", cx: x(p.x), cy: y(p.y), r: 11 }),
     shape(p.look, { transform: `translate(${x(p.x)} ${y(p.y)})${p.best ? " scale(1.25)" : ""}`, stroke: p.look.color,
-      class: p.hollow ? "hollow" : "solid", fill: p.hollow ? null : p.look.color })));
+      class: p.hollow ? "hollow" : "solid", fill: p.hollow ? null : p.look.color }));
+    root.append(p.node);
   }
-  return root;
+  const nearest = (event) => { // where points overlap, the one whose middle is closest
+    const corner = root.getBoundingClientRect();
+    const far = (p) => Math.hypot(x(p.x) - event.clientX + corner.left, y(p.y) - event.clientY + corner.top);
+    const found = every.reduce((best, p) => (far(p) < far(best) ? p : best));
+    return far(found) < 24 ? found : null;
+  };
+  let last = null;
+  return fill(root, { onpointerleave: () => { last = null; hover.later(); },
+    onpointermove: (event) => {
+      const found = nearest(event);
+      if (found && found !== last) tell(found);
+      if (!found && last) hover.later();
+      last = found;
+    },
+    onclick: (event) => { const found = nearest(event); if (found) { tell(found); hover.pin(); } else hover.hide(); } }, []);
 }
 
 /** Lines over epochs or layers; the pointer or the arrow keys pick a line and a place on it. */
