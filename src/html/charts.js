@@ -221,7 +221,7 @@ function bars({ counts, xlabel, ylabel }, width, hover) {
   const height = 260, total = counts.reduce((a, b) => a + b, 0);
   const first = counts.findIndex((n) => n > 0);
   const shown = counts.slice(first);
-  const box = { left: 8, right: width - 8, top: 36, bottom: height - 46 }, step = Math.min(90, (box.right - box.left) / shown.length);
+  const box = { left: 8, right: width - 8, top: 44, bottom: height - 46 }, step = Math.min(90, (box.right - box.left) / shown.length);
   const most = Math.max(...shown), root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `${ylabel}: ${shown.map((n, k) => `${first + k} bits ${(100 * n / total).toFixed(1)}%`).join(", ")}` });
   root.append(svg("text", { class: "label", x: 4, y: 13 }, ylabel),

@@ -59,14 +59,17 @@ function layerTable(record) {
   return table(columns, rows, { caption: "Layers in the network's order" });
 }
 
+/** Columns with something in them. */
+const filled = (columns, rows) => columns.filter((column) => rows.some((row) => column.cell(row) !== ""));
+
 function blockTable(blocks) {
-  return table([
+  return table(filled([
     { head: "block", lead: true, cell: (b) => b.name || "(all)" },
     { head: "loss on held-out batches before and after each epoch", cell: (b) => (b.held_out || []).map((v) => +v.toPrecision(4)).join(" → ") },
     { head: "best epoch", number: true, value: (b) => b.best_epoch, cell: (b) => b.best_epoch ?? "" },
     { head: "time", number: true, value: (b) => b.seconds, cell: (b) => show.time(b.seconds) },
     { head: "more", cell: (b) => Object.entries(b).filter(([k]) => !["name", "held_out", "best_epoch", "seconds"].includes(k)).map(([k, v]) => `${k} ${JSON.stringify(v)}`).join(", ") },
-  ], blocks, { caption: "Blocks, tuned against the float network" });
+  ], blocks), blocks, { caption: "Blocks, tuned against the float network" });
 }
 
 function metricTable(record) {
@@ -78,11 +81,12 @@ function metricTable(record) {
 }
 
 function stageTable(record) {
-  return table([{ head: "stage", lead: true, cell: ([name]) => name },
+  const stages = Object.entries(record.stages);
+  return table(filled([{ head: "stage", lead: true, cell: ([name]) => name },
     { head: "time", number: true, cell: ([, s]) => show.time(s.seconds) },
     { head: "peak memory", number: true, cell: ([, s]) => (s.peak_memory ? show.memory(s.peak_memory) : "") },
-    { head: "peak GPU memory", number: true, cell: ([, s]) => (s.peak_gpu_memory ? show.memory(s.peak_gpu_memory) : "") }],
-  Object.entries(record.stages), { caption: "Stages" });
+    { head: "peak GPU memory", number: true, cell: ([, s]) => (s.peak_gpu_memory ? show.memory(s.peak_gpu_memory) : "") }], stages),
+  stages, { caption: "Stages" });
 }
 
 function runPage(record) {
