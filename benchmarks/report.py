@@ -2,8 +2,8 @@
 
     python -m benchmarks.report              # 1,000 records; writes results/benchmarks/report.json and report.md
 
-The records are copies of the published ones with other ids, values and seeds or settings. The browser is Debian's chromium,
-or what BITFRONT_BROWSER names.
+The records are copies of the published ones with other ids, values and seeds or settings. The browser is
+chromium, or what BITFRONT_BROWSER names.
 """
 
 from __future__ import annotations

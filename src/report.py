@@ -70,6 +70,7 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
         (out / f"{task}.tex").write_text(tables.latex(part))
     if chosen["readme"]:
         tables.fill(Path(chosen["readme"]), parts)
+    CONSOLE.file.flush()
     from src import figures, page  # after the tables: drawing takes seconds
 
     (out / "report.html").write_text(page.html(parts, papers))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from src import config
 from src.rows import CERTAINTY, MIB, Row
@@ -77,11 +76,11 @@ def difference(row: Row) -> str:
 
 
 METRIC = "metric"  # its heading is made from the table's rows
-RUNS = "runs"
+SETTING, RUNS = "setting", "runs"
 COLUMNS = (
     Column("", lambda row: "*" * row.best + "!" * row.dirty, words=True),
     Column("method", lambda row: row.method, words=True),
-    Column("setting", lambda row: row.setting, words=True),
+    Column(SETTING, lambda row: row.setting, words=True),
     Column("MiB", lambda row: f"{row.size / MIB:.3f}"),
     Column("ratio", lambda row: f"{row.ratio:.2f}"),
     Column("bits/w", lambda row: f"{row.bits:.2f}"),
@@ -197,22 +196,27 @@ def tex(text: str) -> str:
 def show(table: Sequence[Row], console: Console) -> None:
     """Print one task's rows; on a narrow terminal the settings wrap, and the last columns are left to the files."""
     chosen = columns(table)
-    lines = [[_short(row) if c.heading == RUNS else c.text(row) for c in chosen] for row in table]
-    widths = [2 + max(map(len, texts)) for texts in zip(headings(table, chosen), *lines, strict=True)]
-    settings = [row.setting for row in table]
-    slack = max(map(len, settings)) - max(len(word) for setting in settings for word in setting.split(" "))
-    while sum(widths[: len(chosen)]) + 2 - slack > console.width and len(chosen) > 7:
-        chosen.pop()
-    meaning = f"* not beaten in size and test {table[0].metric}; MiB of the file; file bits per parameter"
-    grid = Table(
-        title=table[0].task, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left"
-    )
-    grid.caption = "\n".join([f"{meaning}; minutes without evaluation", *notes(table)])
-    for column, heading in zip(chosen, headings(table, chosen), strict=True):
-        grid.add_column(heading, justify="left" if column.words else "right", no_wrap=column.heading != "setting")
-    for line in lines:
-        grid.add_row(*line[: len(chosen)])
-    console.print(grid)
+    place = next(n for n, column in enumerate(chosen) if column.heading == SETTING)
+    lines = [[_short(row) if column.heading == RUNS else column.text(row) for column in chosen] for row in table]
+    lines.insert(0, headings(table, chosen))
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+    slack = widths[place] - max(len(word) for line in lines for word in line[place].split(" "))
+    while (over := sum(widths) + 2 * len(widths) - console.width) > slack and len(widths) > 7:
+        widths.pop()
+    widths[place] -= max(0, min(over, slack))
+    heading, *text = [part for line in lines for part in _aligned(line, widths, chosen, place)]
+    meaning = f"* not beaten in size and test {table[0].metric}; MiB of the file; file bits per parameter; minutes"
+    console.print(f"\n{table[0].task}\n\n{heading}", style="bold", soft_wrap=True)
+    console.print("\n".join(["─" * (sum(widths) + 2 * len(widths) - 2), *text]), soft_wrap=True)
+    console.print("\n".join(["", f"{meaning} without evaluation", *notes(table)]), style="italic")
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], chosen: Sequence[Column], place: int) -> Iterator[str]:
+    """A row as one line of text, or more if the cell at ``place`` wraps."""
+    for n, part in enumerate(textwrap.wrap(line[place], widths[place]) or [""]):
+        cells = [part if k == place else "" if n else cell for k, cell in enumerate(line)]
+        parts = zip(cells, widths, chosen, strict=False)
+        yield "  ".join(f"{cell:{'<' if column.words else '>'}{width}}" for cell, width, column in parts).rstrip()
 
 
 def _short(row: Row) -> str:
