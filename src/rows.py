@@ -17,7 +17,7 @@ from src.record import identity
 
 MIB = 2**20
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-CERTAINTY = {  # and how tables mark it
+CERTAINTY = {  # from most to least, and how tables mark it
     "quoted": "",
     "computed": "†",
     "recalled": "‡",
@@ -184,9 +184,10 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
 
 
 def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:
-    """What we measure, too: the primary metric first, and there the method's own paper."""
+    """What we measure, too: the primary metric first, there the method's own paper, there what is most certain."""
     found = [p for p in papers if p.metric in row.records[0]["metrics"]["test"]]
-    return sorted(found, key=lambda p: (p.metric != row.metric, p.paper != row.method, p.paper))
+    sure = list(CERTAINTY).index
+    return sorted(found, key=lambda p: (p.metric != row.metric, p.paper != row.method, sure(p.certainty), p.paper))
 
 
 def _mark(table: Sequence[Row]) -> None:

@@ -240,6 +240,8 @@ def test_published_numbers_are_hollow_points_and_marked_cells(page: Any) -> None
     shown = dict(zip(column(page, "method"), column(page, "paper"), strict=True))
     assert [text for text in shown.values() if text] == ["95.50‡"]
     assert "‡ recalled" in page.locator("main").inner_text()
+    listed = page.get_by_role("region", name="Published numbers of resnet").locator("tbody tr")
+    assert listed.count() == len(PAPERS) and "95.50‡" in listed.first.inner_text() and no_sideways(page)
     page.locator(".point", has=page.locator("path.hollow")).last.focus()
     assert HOSTILE in page.locator(".tip:visible").inner_text()
 

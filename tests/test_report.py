@@ -131,6 +131,8 @@ def test_of_several_numbers_the_methods_own_paper_counts() -> None:
     ]  # fmt: skip
     (row,) = rows([fake("lsq", 1000, 80.0)], papers[:1])
     assert row.difference == pytest.approx(-0.5)  # in the paper's metric
+    recalled, quoted = number(78.0, paper="aaa", certainty="recalled"), number(77.0, paper="b")
+    assert rows([fake("lsq", 1000, 80.0)], [recalled, quoted])[0].paper == quoted
     sized = number(None, size=2.0 * MIB)
     (row,) = rows([fake("lsq", 1000, 80.0)], [sized, number(78.0, paper="b")])
     assert row.paper_file == sized and row.paper and row.paper.value == 78.0

@@ -93,6 +93,20 @@ function rowColumns(task) {
   ].filter(Boolean);
 }
 
+/** All that papers say about a task, with or without a run of ours beside it. */
+function publishedTable(task) {
+  return table(filled([
+    { head: "method", lead: true, value: (p) => `${p.method} ${p.setting}`, cell: (p) => [swatch(LOOKS.get(p.method)), el("b", {}, p.method), el("span", { class: "setting" }, ` ${p.setting}`)] },
+    { head: "metric", value: (p) => p.metric, cell: (p) => p.metric },
+    { head: "value", number: true, value: (p) => p.value, cell: (p) => (p.value == null ? "" : marked(p, show.metric(p.value))) },
+    { head: "MiB", number: true, value: (p) => p.size, cell: (p) => (p.size == null ? "" : marked(p, +(p.size / MIB).toPrecision(4))) },
+    { head: "model", value: (p) => p.model, cell: (p) => p.model },
+    { head: "source", value: (p) => p.source, cell: (p) => p.source },
+    { head: "where", cell: (p) => p.table },
+    { head: "note", cell: (p) => p.note },
+  ], task.papers), task.papers, { caption: `Published numbers of ${task.name}` });
+}
+
 /** Charts over layers of the rows' first runs, one for each set of layers. */
 function overLayers(rows, all, values, ylabel, log) {
   const networks = new Map();
@@ -122,7 +136,7 @@ function taskPage(task) {
   const chart = el("div"), grid = el("div"), bits = el("div"), loss = el("div");
   const methods = [...new Set(task.rows.map((row) => row.method))].sort();
   const runs = task.rows.reduce((sum, row) => sum + row.runs.length, 0);
-  const certainties = new Set(task.rows.flatMap((r) => [r.paper, r.paper_file]).filter(Boolean).map((p) => p.certainty));
+  const certainties = new Set(task.papers.map((p) => p.certainty));
   const legend = ["★ not beaten in both size and metric", ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
     task.rows.some((row) => row.dirty) && "! with code that git does not have"].filter(Boolean);
   const update = async () => {
@@ -144,7 +158,8 @@ function taskPage(task) {
   const page = [el("h1", {}, task.name),
     el("p", { class: "sub" }, `test ${task.metric}, ${task.higher ? "higher" : "lower"} is better · ${task.rows.length} settings, ${runs} runs`),
     bar.node, card("Metric against size", chart, el("p", { class: "hint" }, `The line joins the best rows${task.papers.length ? "; hollow points are published" : ""}. A point tells its run and command.`)),
-    card("All settings", grid, el("p", { class: "hint" }, legend.join(" · "))), bits, loss];
+    card("All settings", grid, el("p", { class: "hint" }, legend.join(" · "))),
+    task.papers.length > 0 && card("Published numbers", publishedTable(task)), bits, loss];
   update();
   return page;
 }
