@@ -89,7 +89,7 @@ function rowColumns(task) {
     { head: "seeds", number: true, value: (r) => r.values.length, cell: (r) => r.values.length },
     { head: "time", title: "of training or solving", number: true, value: (r) => r.seconds, cell: (r) => show.time(r.seconds) },
     { head: "memory", title: "most that was held", number: true, value: (r) => r.gpu_memory || r.memory, cell: memory },
-    { head: "runs", value: (r) => r.runs[0], cell: (r) => r.runs.map((id) => [runLink(id), " "]) },
+    { head: "runs", wide: true, value: (r) => r.runs[0], cell: (r) => r.runs.map((id) => [runLink(id), " "]) },
   ].filter(Boolean);
 }
 
@@ -103,7 +103,7 @@ function publishedTable(task) {
     { head: "model", value: (p) => p.model, cell: (p) => p.model },
     { head: "source", value: (p) => p.source, cell: (p) => p.source },
     { head: "where", cell: (p) => p.table },
-    { head: "note", cell: (p) => p.note },
+    { head: "note", wide: true, cell: (p) => p.note },
   ], task.papers), task.papers, { caption: `Published numbers of ${task.name}` });
 }
 

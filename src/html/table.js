@@ -1,7 +1,7 @@
 "use strict";
 // Tables that sort by a click on a heading, in a box that scrolls by itself; and what runs and rows have in common.
 
-/** columns: {head, title, value: row -> what sorts, cell: row -> what is shown, number, lead: stays when scrolled}. */
+/** columns: {head, title, value: row -> what sorts, cell: row -> what is shown, number, lead: stays when scrolled, wide: wraps}. */
 function table(columns, rows, { caption, sort = null, onsort = () => {}, rowClass = () => null } = {}) {
   const body = el("tbody");
   const heads = columns.map((column, n) => el("th", { scope: "col", class: kind(column), title: column.title },
@@ -30,7 +30,7 @@ function table(columns, rows, { caption, sort = null, onsort = () => {}, rowClas
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, heads)), body));
 }
-const kind = (column) => [column.number && "number", column.lead && "lead"].filter(Boolean).join(" ") || null;
+const kind = (column) => [column.number && "number", column.lead && "lead", column.wide && "wide"].filter(Boolean).join(" ") || null;
 
 function copyable(text) {
   const code = el("code", {}, text);
