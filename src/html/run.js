@@ -51,10 +51,10 @@ function layerTable(record) {
     known("shape") && { head: "shape", cell: (row) => row.shape?.join(" × ") || "" },
     { head: "weights", number: true, value: (row) => row.counts?.reduce((a, b) => a + b), cell: (row) => row.counts?.reduce((a, b) => a + b).toLocaleString("en") || "" },
     { head: "mean bits", number: true, value: (row) => row.bits, cell: (row) => row.bits?.toFixed(3) ?? "" },
-    { head: "weights by bits", wide: true, cell: (row) => (row.counts || []).map((n, b) => n && `${b}: ${n.toLocaleString("en")}`).filter(Boolean).join(" · ") },
+    { head: "weights by bits", cell: (row) => (row.counts || []).map((n, b) => n && `${b}: ${n.toLocaleString("en")}`).filter(Boolean).join(" · ") },
     ...more.map((key) => ({ head: key.replaceAll("_", " "), number: rows.every((row) => typeof row[key] !== "string"), value: (row) => row[key],
       cell: (row) => (row[key] == null ? "" : key === "seconds" ? show.time(row[key]) : typeof row[key] === "number" ? show.number(row[key]) : JSON.stringify(row[key])) })),
-    known("steps") && { head: "loss after each step", wide: true, cell: (row) => Object.entries(row.steps || {}).map(([k, v]) => `${k} ${+v.toPrecision(4)}`).join(" → ") },
+    known("steps") && { head: "loss after each step", cell: (row) => Object.entries(row.steps || {}).map(([k, v]) => `${k} ${+v.toPrecision(4)}`).join(" → ") },
   ].filter(Boolean);
   return table(columns, rows, { caption: "Layers in the network's order" });
 }
@@ -65,10 +65,10 @@ const filled = (columns, rows) => columns.filter((column) => rows.some((row) => 
 function blockTable(blocks) {
   return table(filled([
     { head: "block", lead: true, cell: (b) => b.name || "(all)" },
-    { head: "loss on held-out batches before and after each epoch", wide: true, cell: (b) => (b.held_out || []).map((v) => +v.toPrecision(4)).join(" → ") },
+    { head: "loss on held-out batches before and after each epoch", cell: (b) => (b.held_out || []).map((v) => +v.toPrecision(4)).join(" → ") },
     { head: "best epoch", number: true, value: (b) => b.best_epoch, cell: (b) => b.best_epoch ?? "" },
     { head: "time", number: true, value: (b) => b.seconds, cell: (b) => show.time(b.seconds) },
-    { head: "more", wide: true, cell: (b) => Object.entries(b).filter(([k]) => !["name", "held_out", "best_epoch", "seconds"].includes(k)).map(([k, v]) => `${k} ${JSON.stringify(v)}`).join(", ") },
+    { head: "more", cell: (b) => Object.entries(b).filter(([k]) => !["name", "held_out", "best_epoch", "seconds"].includes(k)).map(([k, v]) => `${k} ${JSON.stringify(v)}`).join(", ") },
   ], blocks), blocks, { caption: "Blocks, tuned against the float network" });
 }
 
