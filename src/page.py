@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def _packed(value: Any) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """As many digits as the page shows."""
+    """As many digits as the page shows; JSON knows no NaN, the metric of a run that diverged."""
     if isinstance(value, float):
+        if not isfinite(value):
+            return None
         return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}

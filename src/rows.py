@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _mark(table: Sequence[Row]) -> None:
         return row.value if row.higher_is_better else -row.value
 
     front: dict[str, Row] = {}
-    for row in sorted(table, key=lambda row: (row.size, -goodness(row))):
+    for row in sorted((row for row in table if not isnan(row.value)), key=lambda row: (row.size, -goodness(row))):
         last = front.get(row.task)
         row.best = last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
         if row.best:

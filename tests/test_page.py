@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,14 @@ from src.rows import MIB, Row, rows
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = os.environ.get("BITFRONT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
+FLAGS = (
+    "no-sandbox",
+    "disable-gpu",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "no-first-run",
+)
 HOSTILE = "bits=3 note=</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>"
 PAPERS = [
     number(95.5, task="resnet", method="diffq", setting="penalty=1.0", size=0.2 * MIB, certainty="recalled"),
@@ -43,7 +51,10 @@ def records() -> list[dict[str, Any]]:
     strange = json.loads(json.dumps(one)) | {"id": "0123456789", "setting": HOSTILE, "overrides": ["a=<b>", HOSTILE]}
     strange["config"]["<i>"], strange["config"]["quant"]["bits"] = HOSTILE, 3
     strange["widths"] = {f"{HOSTILE}{name}": counts for name, counts in strange["widths"].items()}
-    return [*found, strange]
+    diverged = json.loads(json.dumps(one)) | {"id": "9876543210", "setting": "bits=1", "task": "diverged"}
+    diverged["primary"]["value"] = diverged["metrics"]["test"]["top1"] = math.nan
+    diverged["history"] = [{"epoch": 1, "train/loss": math.nan}]
+    return [*found, strange, diverged]
 
 
 @cache
@@ -108,9 +119,9 @@ def no_sideways(page: Any) -> bool:
 
 @needs_browser
 def test_the_overview_has_every_task(page: Any) -> None:
-    there = sorted({record["task"] for record in records()})
-    assert page.locator(".card.task h2").count() == len(there) == page.locator("nav a").count()
-    expect(page.locator(".card.task svg path.solid")).to_have_count(sum(map(len, tables().values())))
+    there = sorted({record["task"] for record in records()} - {"diverged"})  # which has no number to show
+    assert page.locator(".card.task h2").count() == len(there) == page.locator("nav a").count() - 1
+    expect(page.locator(".card.task svg path.solid")).to_have_count(sum(map(len, tables().values())) - 1)
     assert no_sideways(page)
     page.get_by_role("searchbox").fill("separation lsq")
     assert [text.split()[0] for text in page.locator(".card.task h2").all_inner_texts()] == ["separation"]
@@ -255,6 +266,14 @@ def test_text_of_records_stays_text(page: Any) -> None:
     assert no_sideways(page)
 
 
+@needs_browser
+def test_a_run_that_diverged_is_shown_as_such(page: Any) -> None:
+    visit(page, "diverged", "diverged")
+    assert column(page, "top1 ↑") == ["not finite"] and page.get_by_text("No point").is_visible()
+    visit(page, "run/9876543210", "decoupleq bits=1")
+    assert "not finite" in page.locator(".tiles").inner_text()
+
+
 def test_the_page_is_one_small_file_with_all_records() -> None:
     text = html(tables(), PAPERS)
     assert text == html(tables(), PAPERS) and len(text) < 600_000
@@ -267,4 +286,5 @@ def test_the_page_is_one_small_file_with_all_records() -> None:
         assert kept[record["id"]]["config"] == record["config"]
         assert kept[record["id"]]["widths"] == record["widths"]
         for shown, epoch in zip(kept[record["id"]]["history"], record["history"], strict=True):
-            assert shown == pytest.approx(epoch, rel=1e-5)
+            finite = {key: value for key, value in epoch.items() if math.isfinite(value)}
+            assert {key: value for key, value in shown.items() if value is not None} == pytest.approx(finite, rel=1e-5)

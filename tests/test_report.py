@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import subprocess
 import sys
 import time
@@ -79,6 +80,13 @@ def test_the_front_is_what_no_other_row_beats() -> None:
     for row in table:
         cell = (row.size, row.value)
         assert row.best == (not any(beaten(cell, other) for other in values))
+
+
+def test_a_run_that_diverged_is_not_the_best(tmp_path: Path) -> None:
+    table = rows([fake("a", 1000, math.nan), fake("b", 2000, 50.0)])
+    assert [row.best for row in table] == [False, True]
+    draw(table[:1], [], tmp_path / "x")
+    assert (tmp_path / "x.svg").is_file()
 
 
 def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:

@@ -17,7 +17,7 @@ const svg = (name, attributes, ...children) =>
 const MIB = 2 ** 20;
 const show = {
   size: (bytes) => (bytes / MIB).toFixed(3),
-  metric: (value) => (Math.abs(value) >= 10 ? value.toFixed(2) : String(+value.toPrecision(4))),
+  metric: (value) => (value == null ? "not finite" : Math.abs(value) >= 10 ? value.toFixed(2) : String(+value.toPrecision(4))),
   time: (s) => (s < 1 ? `${(1000 * s).toFixed(0)} ms` : s < 90 ? `${+s.toPrecision(3)} s`
     : s < 5400 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`),
   memory: (bytes) => `${(bytes / 2 ** 30).toFixed(2)} GiB`,

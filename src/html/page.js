@@ -64,7 +64,7 @@ function aboutPaper(p) {
 }
 
 function tradeoff(task, rows) {
-  const points = rows.map((row) => ({ x: row.size / MIB, y: row.value, spread: row.spread, look: LOOKS.get(row.method), best: row.best, row,
+  const points = rows.filter((row) => row.value != null).map((row) => ({ x: row.size / MIB, y: row.value, spread: row.spread, look: LOOKS.get(row.method), best: row.best, row,
     run: row.runs[0], name: `${row.method} ${row.setting}: ${show.size(row.size)} MiB, ${metric(row)}` }));
   const known = task.papers.filter((p) => p.size && p.value != null && p.metric === task.metric && !filters.hidden.has(p.method));
   const hollow = known.map((p) => ({ x: p.size / MIB, y: p.value, look: LOOKS.get(p.method), hollow: true, p, name: `published, ${p.method} ${p.setting}` }));
@@ -112,7 +112,7 @@ function overLayers(rows, all, values, ylabel, log) {
   const networks = new Map();
   for (const row of rows) {
     const found = values(all[row.runs[0]]);
-    if (!found.length) continue;
+    if (!found.length || found.every(([, v]) => v == null)) continue;
     const key = JSON.stringify(found.map(([name]) => name));
     networks.set(key, [...(networks.get(key) || []), { row, values: found.map(([, v]) => v) }]);
   }
@@ -143,8 +143,8 @@ function taskPage(task) {
     const rows = task.rows.filter(fits);
     bar.count(rows.length, task.rows.length);
     const data = tradeoff(task, rows);
-    chart.replaceChildren(rows.length || data.hollow.length ? figure((width, hover) => scatter(data, width, hover), "Metric against size")
-      : el("p", { class: "empty" }, "No row fits the filters."));
+    chart.replaceChildren(data.points.length || data.hollow.length ? figure((width, hover) => scatter(data, width, hover), "Metric against size")
+      : el("p", { class: "empty" }, "No point fits the filters."));
     grid.replaceChildren(table(rowColumns(task), rows, { caption: `${task.name}, ${rows.length} rows`, sort, onsort: (by) => { sort = by; },
       rowClass: (row) => row.best && "best" }));
     const all = await records();
@@ -168,7 +168,7 @@ function taskPage(task) {
 function smallestNearFloat(task, rows) {
   const float = task.rows.find((row) => row.method === "float");
   const close = (row) => (task.higher ? row.value >= float.value - 0.01 * Math.abs(float.value) : row.value <= float.value + 0.01 * Math.abs(float.value));
-  return float && rows.filter((row) => row !== float && close(row)).sort((a, b) => a.size - b.size)[0];
+  return float?.value != null && rows.filter((row) => row !== float && close(row)).sort((a, b) => a.size - b.size)[0];
 }
 
 function miniature(task, rows, width) {
@@ -182,7 +182,7 @@ function miniature(task, rows, width) {
 function overview() {
   const cards = el("div", { class: "cards" });
   const update = () => {
-    const parts = DATA.tasks.map((task) => [task, task.rows.filter(fits)]).filter(([, rows]) => rows.length);
+    const parts = DATA.tasks.map((task) => [task, task.rows.filter((row) => row.value != null && fits(row))]).filter(([, rows]) => rows.length);
     bar.count(parts.reduce((sum, [, rows]) => sum + rows.length, 0), DATA.tasks.reduce((sum, task) => sum + task.rows.length, 0));
     cards.replaceChildren(...(parts.length ? parts.map(([task, rows]) => {
       const float = task.rows.find((row) => row.method === "float"), small = smallestNearFloat(task, rows);

@@ -24,7 +24,8 @@ function curves(record) {
   const first = [record.primary.name, "loss", "size_mb"];
   const order = [...groups.keys()].sort((a, b) => (first.indexOf(a) + 9) % 9 - (first.indexOf(b) + 9) % 9);
   const at = record.history.map((h) => h.epoch);
-  return order.map((name) => {
+  const known = order.filter((name) => groups.get(name).some((s) => record.history.some((h) => h[s.key] != null)));
+  return known.map((name) => {
     const series = groups.get(name).map((s) => ({ ...s, values: record.history.map((h) => h[s.key]) }));
     const label = name === "size_mb" ? "size, MB" : series.map((s) => s.name).filter((s) => s !== name).join(", ") + ` ${name}`;
     return figure((width, hover) => lines({ series, at, xlabel: "epoch", ylabel: label, height: 220 }, width, hover), label);
