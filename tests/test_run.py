@@ -169,7 +169,8 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
     result = command("src.report", str(root), f"out={tmp_path}")
     assert result.returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"vit-smoke.{kind}" for kind in ("csv", "md", "png", "svg")}
+    tables = {f"vit-smoke.{kind}" for kind in ("csv", "md", "tex", "png", "svg")}
+    assert names == tables | {"vit-smoke_bits.svg", "vit-smoke_layers.svg", "report.html"}
     for method in ("float", "rtn", "gptq", "decoupleq", "ste", "lsq", "diffq"):
         assert method in result.stdout and method in (tmp_path / "vit-smoke.md").read_text()
 
