@@ -36,6 +36,7 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes
 
 bench: .venv/installed  ## Compare with the official packages (installs diffq, which needs a C compiler)
 	$(PY) -m benchmarks.solver
+	$(PY) -m benchmarks.report
 	$(PY) -m uv pip install -q --no-deps diffq==0.2.4
 	$(PY) -m benchmarks.diffq
 

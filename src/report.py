@@ -13,8 +13,8 @@ Prints a table per task, sorted by size, and writes to `out` (else `report` in t
 
 Options:
 
-    task=vit                   only this task
-    method=diffq               only this method
+    task=vit,lm                only these tasks
+    method=diffq,lsq           only these methods
     max_size=0.3               only files of at most so many MiB
     out=tables                 the folder to write to
     readme=README.md           a file whose blocks between <!-- table:TASK --> and <!-- end --> are filled
@@ -58,6 +58,8 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
     Raises:
         BitfrontError: there are none.
     """
+    if chosen["readme"] and any(chosen[key] for key in ("task", "method", "max_size")):
+        raise BitfrontError("readme= is filled from all runs; leave task=, method= and max_size= out")
     papers = published()
     table = select(root, rows(record.read_all(root), papers), chosen)
     parts = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}
@@ -89,7 +91,8 @@ def select(root: Path, table: list[Row], chosen: dict[str, Any]) -> list[Row]:
         raise BitfrontError(
             f"no finished runs in '{root}'; make one with: python -m src.run task=vit quant=diffq penalty=5"
         )
-    kept = [row for row in table if chosen["task"] in ("", row.task) and chosen["method"] in ("", row.method)]
+    asked = {key: chosen[key].split(",") for key in ("task", "method") if chosen[key]}
+    kept = [row for row in table if all(getattr(row, key) in names for key, names in asked.items())]
     kept = [row for row in kept if not chosen["max_size"] or row.size <= chosen["max_size"] * MIB]
     if not kept:
         there = {(row.task, row.method) for row in table}

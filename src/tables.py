@@ -241,17 +241,32 @@ def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def matrix(tables: dict[str, list[Row]]) -> str:
+    """Every task against every method as a Markdown table: how many runs there are, and GPUs that made them."""
+    methods = config.options("quant")
+    lines = [_line(["", *methods]), "|" + "---|" * (1 + len(methods))]
+    for task in config.options("task"):
+        cells = []
+        for method in methods:
+            runs = [r for row in tables.get(task, []) if row.method == method for r in row.records]
+            gpus = sorted({r["device"] for r in runs if r.get("device", "cpu") != "cpu"})
+            cells.append(", ".join([str(len(runs)), *gpus]) if runs else "·")
+        lines.append(_line([task, *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def fill(path: Path, tables: dict[str, list[Row]]) -> None:
-    """Replace what is between ``<!-- table:TASK -->`` and ``<!-- end -->`` in a Markdown file by the task's table, and
-    between ``<!-- overview:TASK,TASK -->`` and that by the tasks' overview.
+    """Replace what is between ``<!-- table:TASK -->`` and ``<!-- end -->`` in a Markdown file by the task's table,
+    between ``<!-- overview:TASK,TASK -->`` and that by their overview, and after ``<!-- matrix: -->`` by the matrix.
     """
 
     def block(match: re.Match[str]) -> str:
-        tasks = match[3].split(",")
+        tasks = [task for task in match[3].split(",") if task]
         if not all(task in tables for task in tasks):
             return match[0]
-        table = overview(tables, tasks) if match[2] == "overview" else markdown(tables[tasks[0]], narrow=True)
-        return f"{match[1]}\n{table}{match[4]}"
+        made = {"overview": overview, "matrix": lambda tables, _: matrix(tables)}
+        make = made.get(match[2], lambda tables, tasks: markdown(tables[tasks[0]], narrow=True))
+        return f"{match[1]}\n{make(tables, tasks)}{match[4]}"
 
-    pattern = r"(<!-- (table|overview):([\w,]+) -->).*?(<!-- end -->)"
+    pattern = r"(<!-- (table|overview|matrix):([\w,]*) -->).*?(<!-- end -->)"
     path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))

@@ -222,6 +222,20 @@ def test_the_overview_has_the_cells_without_options(tmp_path: Path) -> None:
     assert "60" not in text and "| gptq |" not in text and "old" not in text and "kept" in text
 
 
+def test_the_matrix_counts_runs_of_every_cell_and_names_gpus(tmp_path: Path) -> None:
+    runs = [fake("rtn", 10, 1.0), fake("rtn", 10, 2.0, 1), fake("rtn", 20, 2.0), fake("lsq", 5, 1.0, device="H100")]
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- matrix: -->\n<!-- end -->\nb\n")
+    fill(page, {"vit": rows([run | {"device": run.get("device", "cpu")} for run in runs])})
+    lines = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in page.read_text().splitlines()[2:-2]}
+    methods = page.read_text().splitlines()[2].strip("| ").split(" | ")
+    assert dict(zip(methods, lines["vit"][1:], strict=True)) == dict.fromkeys(methods, "·") | {
+        "rtn": "3",
+        "lsq": "1, H100",
+    }
+    assert set(lines["lm"][1:]) == {"·"}
+
+
 def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text((REPOSITORY / "README.md").read_text())
@@ -251,6 +265,7 @@ def test_filters(tmp_path: Path) -> None:
         (("colour=red",), "unknown option"),
         (("max_size=big",), "takes a number"),
         ((str(RECORDS), "method=none"), "no run in"),
+        ((str(RECORDS), "task=vit", "readme=README.md"), "filled from all runs"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], answer: str) -> None:
