@@ -110,7 +110,8 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
         return {"artifact": place, "sha256": record.sha256(Path(place))}
     if cell["names"]["quant"] == "float":
         raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
-    shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
+    shared = ["task", "seed", "smoke", "root", "data_root", "wandb", "trainer"]
+    shared += [knob for knob, _ in config.knobs("task", cell["names"]["task"])]
     overrides = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
     overrides = [*overrides, "quant=float"]
     if not Run(directory(config.load(overrides), None)).finished():
