@@ -26,7 +26,7 @@ smoke: .venv/installed  ## Run every method on tiny data in seconds
 	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs-smoke wandb=disabled
 	$(PY) -m src.report runs-smoke
 
-recipes-smoke: .venv/installed  ## Run every line of every recipe on tiny data
+recipes-smoke: .venv/installed  ## Run every line of every recipe on tiny data (10 minutes)
 	rm -rf runs-smoke
 	@failed=0; for recipe in recipes/*/*.sh; do echo "== $$recipe"; \
 		PATH="$(CURDIR)/.venv/bin:$$PATH" $$recipe smoke=true root=runs-smoke wandb=disabled || failed=1; done; exit $$failed

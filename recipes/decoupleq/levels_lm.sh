@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# decoupleQ, figures 3 and 4: a language model at 2 bits over K, against level 2; layer by layer (J=0), then tuned by block.
-# shellcheck source=recipes/lines.sh
+# decoupleQ, figures 3 and 4: a language model at 2 bits over K, against level 2; layer by layer (J=0), and tuned by
+# block.
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=lm_wikitext103 \

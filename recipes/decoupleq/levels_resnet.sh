@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# decoupleQ, figure 2: ResNet-18 at 2 bits over K, the gradient steps after each column, against level 2; without and with
-# fine-tuning.
-# shellcheck source=recipes/lines.sh
+# decoupleQ, figure 2: ResNet-18 at 2 bits over K, the gradient steps after each column, against level 2; without and
+# with fine-tuning.
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_imagenet task.pretrained=true \

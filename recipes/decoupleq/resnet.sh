@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # decoupleQ, table 2: ResNet-18 and -50 on ImageNet at 2, 3 and 4 bits, without and with fine-tuning; GPTQ beside it.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_imagenet task.pretrained=true model=torchvision.resnet18,torchvision.resnet50 \

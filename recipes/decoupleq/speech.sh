@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # decoupleQ, table 1: a speech recognizer at 2 bits in groups of 64, without and with fine-tuning.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=asr_wav2vec2 quant=float "$@"

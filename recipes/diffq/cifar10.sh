@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, CIFAR-10: accuracy against size of ResNet-18, MobileNet, Wide ResNet and ViT; float, QAT and LSQ beside it.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_cifar10_paper model=resnet18,mobilenet,wrn28_10,vit quant=float "$@"

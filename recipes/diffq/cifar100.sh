@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, CIFAR-100: accuracy against size of ResNet-18, MobileNet and Wide ResNet; float, QAT and LSQ beside it.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_cifar100_paper model=resnet18,mobilenet,wrn28_10 quant=float "$@"

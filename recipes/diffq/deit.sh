@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, ImageNet: DeiT-B trained from scratch.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=vit_imagenet quant=float "$@"

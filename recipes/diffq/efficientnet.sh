@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, ImageNet: EfficientNet-B3 trained from scratch.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=efficientnet_imagenet quant=float "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, ablation: weights that share a width; each width costs 4 bits of table.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_cifar10_paper model=resnet18 \

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, MUSDB18: signal-to-distortion ratio of Demucs v2; the float network with three seeds, as published.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=separation_musdb quant=float seed=0,1,2 "$@"

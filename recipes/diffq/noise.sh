@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, ablation: Gaussian noise of half a step against uniform noise within a step.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_cifar10_paper model=resnet18 \

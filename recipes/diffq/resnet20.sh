@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, ResNet-20 on CIFAR-10 by the official preset "res20".
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet20_cifar10_paper quant=float "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # DiffQ, WikiText-103: perplexity of the 16-layer transformer with adaptive input; float, QAT and LSQ beside it.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=lm_wikitext103 quant=float "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # LSQ, table 1: ResNet-18 and -50 on ImageNet at 2, 3 and 4 bits, first and last layer at 8.
-# shellcheck source=recipes/lines.sh
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_imagenet task.pretrained=true model=torchvision.resnet18,torchvision.resnet50 \
