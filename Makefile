@@ -4,10 +4,10 @@ RUN := $(PY) -m src.run
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke recipes-smoke lint test-slow bench publish results lock clean
+.PHONY: help setup demo test smoke recipes-smoke lint test-slow bench publish results wandb-dashboard lock clean
 
 help:  ## Print this list
-	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: .venv/installed  ## Install the pinned packages into .venv
 
@@ -51,6 +51,9 @@ publish:  ## Copy the finished records below runs/ to results/records
 
 results: .venv/installed  ## Regenerate tables, figures and README's block from results/records
 	$(PY) -m src.report results/records out=results readme=README.md
+
+wandb-dashboard: .venv/installed  ## Make views of runs/ in Weights & Biases; ARGS=dry_run=true prints them
+	$(PY) -m src.dashboard $(ARGS)
 
 lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -44,7 +44,7 @@ def build_task(cell: Mapping[str, Any]) -> Task:
 
 
 def execute(
-    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, rank: int, group: str
+    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, rank: int
 ) -> dict[str, Any]:
     """Run a cell whose directory is locked; resume its training if it was interrupted.
 
@@ -54,7 +54,6 @@ def execute(
         start: artifact to start from, and its hash.
         run: where results go.
         rank: number of this process; 0 writes.
-        group: of W&B runs.
 
     Returns:
         The record.
@@ -74,7 +73,7 @@ def execute(
         "environment": record.environment(),
     }
     try:
-        result = {"status": "finished"} | about | _run(cell, start, run, rank, about, group)
+        result = {"status": "finished"} | about | _run(cell, start, run, rank, about)
     except BitfrontError as error:
         if rank == 0:
             with suppress(BitfrontError):  # on a full disk, the first message is the one that counts
@@ -91,7 +90,7 @@ def execute(
 
 
 def _run(
-    cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, about: dict[str, Any], group: str
+    cell: dict[str, Any], start: dict[str, str] | None, run: Run, rank: int, about: dict[str, Any]
 ) -> dict[str, Any]:
     device = torch.device(accelerator(cell["trainer"]["accelerator"]))
     task, method = build_task(cell), build(cell["quant"])
@@ -99,14 +98,7 @@ def _run(
     with _measured("attach", stages):
         model = _attached(task, method, start, device, run)
     history: list[dict[str, float]] = []
-    tracker = Tracker(
-        cell["wandb"] if rank == 0 else "disabled",
-        run_id=about["id"],
-        name=f"{about['task']} {about['method']} {about['setting']}",
-        group=group or about["task"],
-        config=about["config"],
-        directory=run.path,
-    )
+    tracker = Tracker(cell["wandb"] if rank == 0 else "disabled", about, run.path)
     try:
         if method.trains and not (task.pretrained and isinstance(method, Float)):
 
@@ -141,9 +133,7 @@ def _run(
             "artifact": str(run.artifact),
             "artifact_sha256": record.sha256(run.artifact),
         }
-        summary = {f"test/{name}": value for name, value in metrics["test"].items()}
-        summary |= {f"size/{name}": value for name, value in result["sizes"].items()}
-        tracker.finish(summary, run.artifact)
+        tracker.finish(result, run.artifact)
         return result
     finally:
         tracker.close()

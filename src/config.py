@@ -17,13 +17,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import BitfrontError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = ("task", "quant")
+CELL = ("task", "quant")  # the groups that make a cell
+SWEEP = ("cluster", "sweeper")  # those that say how many cells are run
+GROUPS = (*CELL, *SWEEP)
 CHOICES = {
     "wandb": ("auto", "online", "offline", "disabled"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
@@ -58,7 +60,9 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     assert isinstance(plain, dict)
     choices = plain.pop("hydra")["runtime"]["choices"]
     cell = {str(key): value for key, value in plain.items()}
-    names = {group: choices[group] for group in GROUPS}
+    for key in SWEEP:  # where and among which others a cell runs is no part of it
+        cell.pop(key, None)
+    names = {group: choices[group] for group in CELL}
     words = [
         f"{knob}={cell[knob]}"
         for n, (knob, v) in enumerate(knobs("quant", names["quant"]))
@@ -98,29 +102,21 @@ def check(words: Sequence[str]) -> None:
         if override.key_or_group in GROUPS:
             chosen[override.key_or_group] = _choices(override)
     for choice in itertools.product(*chosen.values()):
-        groups = dict(zip(chosen, choice, strict=True))
-        config = _compose([f"{group}={name}" for group, name in groups.items()])
+        try:
+            config = _compose([f"{group}={name}" for group, name in zip(chosen, choice, strict=True)])
+        except MissingConfigException:  # of Hydra's launcher
+            raise BitfrontError(
+                "cluster=ray needs two more packages: pip install 'hydra-ray-launcher==1.2.2' 'ray[default]==2.60.0'"
+            ) from None
         method = config.hydra.runtime.choices["quant"]
         for override in overrides:
             if override.key_or_group not in GROUPS:
                 _check_key(config, override, method, overrides)
 
 
-def swept(words: Sequence[str]) -> list[str]:
-    """A sweep's words for Hydra, which composes the defaults with every word that has one value before it looks at the
-    sweep, and so refuses ``bits=2`` beside ``quant=rtn,gptq``: the method's options become choices of one.
-    """
-    parser = OverridesParser.create()
-
-    def own(word: str) -> bool:
-        if word.startswith("-") or "=" not in word:
-            return False
-        override = parser.parse_override(word)
-        key = override.key_or_group
-        fixed = key in GROUPS or key.partition(".")[0] in ("hydra", *_shared())
-        return not fixed and not override.is_sweep_override()
-
-    return ["{0}=choice({2})".format(*word.partition("=")) if own(word) else word for word in words]
+def sweeps(words: Sequence[str]) -> bool:
+    """Whether a command line is a sweep: by its flag, or because it names a cluster or a sweeper."""
+    return any(word in ("-m", "--multirun") or word.startswith(tuple(f"{g}" for g in SWEEP)) for word in words)
 
 
 def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -134,10 +130,11 @@ def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or key not in defaults:
             raise BitfrontError(f"unknown option '{word}'; options: {', '.join(f'{k}=' for k in defaults)}")
+        kind = type(defaults[key])
         try:
-            values[key] = type(defaults[key])(text)
-        except ValueError:
-            raise BitfrontError(f"{key} takes {TYPES[type(defaults[key])]}, got '{text}'") from None
+            values[key] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise BitfrontError(f"{key} takes {TYPES[kind]}, got '{text}'") from None
     return values
 
 
@@ -169,11 +166,14 @@ def usage() -> str:
         "",
         "  python -m src.run task=vit quant=diffq penalty=5",
         "  python -m src.run -m task=vit quant=diffq penalty=0.5,1,2,5,10    a sweep; finished cells are skipped",
+        "  python -m src.run -m task=vit,lm quant=diffq penalty=0.5,2,8 cluster=local    on two workers",
         "",
         "Tasks (task=) and their knobs:",
     ]
     lines += _listed("task")
     lines += ["", "Methods (quant=) and their knobs:", *_listed("quant")]
+    lines += ["", "Where the cells of a sweep run (cluster=):", *_listed("cluster")]
+    lines += ["", "Which cells a sweep has (sweeper=):", *_listed("sweeper")]
     lines += ["", "Every cell:"]
     for key, value in _shared().items():
         if key not in ("defaults", "hydra"):
@@ -280,8 +280,10 @@ def _shared() -> dict[str, Any]:
 
 
 def knobs(group: str, name: str) -> list[tuple[str, Any]]:
-    """The keys that a task's or method's yaml, or one that it builds on, declares at top level, with their defaults."""
+    """The keys that a choice's yaml, or one that it builds on, declares at top level, with their defaults."""
     keys = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    if group in SWEEP:
+        return [(f"{group}.{key}", value) for key, value in keys[group].items()]
     base = next((part for part in keys.get("defaults", []) if part != "_self_"), None)
     found = dict(knobs(group, base)) if base else {}
     found |= {key: value for key, value in keys.items() if key not in (*GROUPS, "train", "init_from", "defaults")}

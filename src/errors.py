@@ -11,3 +11,7 @@ class BitfrontError(Exception):
 
 class ArtifactError(BitfrontError):
     """A packed file is missing, damaged, too new, not writable, or belongs to another network."""
+
+
+class BusyError(BitfrontError):
+    """Another process runs this cell."""

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from src.errors import BitfrontError
+from src.errors import BitfrontError, BusyError
 
 SCHEMA = "bitfront/record/1"
 ARTIFACT, RECORD, CHECKPOINT, BLOCKS = "model.safetensors", "record.json", "last.ckpt", "blocks"
@@ -57,6 +57,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.artifact, self.checkpoint, self.blocks = path / ARTIFACT, path / CHECKPOINT, path / BLOCKS
+        self.lock = path / "lock"
 
     def finished(self) -> dict[str, Any] | None:
         """The record, if the run is complete; it names the artifact where the directory is now."""
@@ -77,11 +78,12 @@ class Run:
         """Hold the run directory; the system lets go of it when the process dies, however it dies.
 
         Raises:
-            BitfrontError: another process holds it and ``wait`` is false, or it cannot be written.
+            BusyError: another process holds it and ``wait`` is false.
+            BitfrontError: it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed below
+            lock = open(self.lock, "a+")  # noqa: SIM115 closed below
         except OSError as error:
             raise self._unwritable(error) from None
         with lock:
@@ -89,7 +91,7 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 lock.seek(0)
-                raise BitfrontError(
+                raise BusyError(
                     f"this cell is running already ({lock.read().strip() or 'elsewhere'}, '{self.path}'); wait for it"
                 ) from None
             try:
@@ -99,6 +101,17 @@ class Run:
             except OSError as error:
                 raise self._unwritable(error) from None
             yield
+
+    def held(self) -> bool:
+        """Whether a process holds the directory."""
+        try:
+            with open(self.lock) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def write(self, record: dict[str, Any]) -> None:
         """Write the record atomically.

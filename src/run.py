@@ -10,18 +10,17 @@ torch is imported only once there is something to do.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from src import config, record
+from src import config, record, tracking
 from src.errors import BitfrontError
 from src.record import Run
 
@@ -36,39 +35,35 @@ def main() -> None:
         return
     try:
         config.check(words)
+        if config.sweeps(words):
+            from src import sweep
+
+            words = [word for word in words if word not in ("-m", "--multirun")]
+            if flags := [word for word in words if word.startswith("-")]:
+                raise BitfrontError(f"a sweep takes no {flags[0]}; leave it, or -m, out")
+            sweep.main(words)
+        else:
+            job()
     except BitfrontError as error:
         sys.exit(f"error: {error}")
-    flags = [word for word in words if word in ("-m", "--multirun")]
-    rest = [word for word in words if word not in flags]
-    sys.argv[1:] = [*flags, *(config.swept(rest) if flags else rest)]  # Hydra wants its flags before the options
-    job()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def job(composed: DictConfig) -> float:
-    """A single run, or one job of a sweep; gives the headline metric to the sweeper."""
-    overrides, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().mode == RunMode.MULTIRUN
+def job(_: DictConfig) -> None:
+    """A single run."""
     try:
-        if sweep and composed.trainer.devices != 1:
-            raise BitfrontError(
-                "a sweep in one process cannot use several devices: each process would start the whole sweep again; "
-                "run the cells one by one"
-            )
-        group = " ".join(word for word in sys.argv[1:] if not word.startswith("-")) if sweep else ""
-        return run_cell(overrides, group)["primary"]["value"]
+        run_cell(list(HydraConfig.get().overrides.task))
     except BitfrontError as error:
-        if not sweep:
-            sys.exit(f"error: {error}")
-        # Hydra prints this kind without a traceback, and goes on with the other jobs of the sweep.
-        raise CompactHydraException(f"error: {error}") from None
+        sys.exit(f"error: {error}")
 
 
-def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dict[str, Any]:
+def run_cell(overrides: list[str], nested: bool = False) -> dict[str, Any]:
     """Run a cell, unless it is finished already; resume it if it was interrupted.
 
     Args:
         overrides: as on the command line, without sweeps.
-        group: the sweep that the cell belongs to, for W&B.
         nested: on behalf of another cell: no word if it is finished, no error but waiting if another process runs it.
 
     Returns:
@@ -84,17 +79,19 @@ def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dic
     if finished:
         if not nested:
             CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
+            if tracking.under_agent() and rank() == 0:
+                tracking.mirror(cell["wandb"], finished)
         return finished
     if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
         raise BitfrontError("calibration is for one process; run this cell without torchrun")
     if rank() > 0:
-        return _execute(cell, overrides, start, run, group)
+        return _execute(cell, overrides, start, run)
     with run.locked(wait=nested):
         if run.checkpoint.is_file():
             CONSOLE.print(f"resuming '{run.path}' after its last finished epoch")
         elif run.blocks.is_dir():
             CONSOLE.print(f"resuming '{run.path}' after block {len(list(run.blocks.glob('[0-9]*.pt')))}")
-        finished = run.finished() or _execute(cell, overrides, start, run, group)
+        finished = run.finished() or _execute(cell, overrides, start, run)
     CONSOLE.print(summary(finished))
     return finished
 
@@ -108,22 +105,34 @@ def start_of(cell: dict[str, Any], overrides: list[str]) -> dict[str, str] | Non
         if not Path(place).is_file():
             raise BitfrontError(f"init_from={place}: no such file; give a model.safetensors, or float, or null")
         return {"artifact": place, "sha256": record.sha256(Path(place))}
-    if cell["names"]["quant"] == "float":
-        raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
-    shared = ["task", "seed", "smoke", "root", "data_root", "wandb", "trainer"]
-    shared += [knob for knob, _ in config.knobs("task", cell["names"]["task"])]
-    overrides = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
-    overrides = [*overrides, "quant=float"]
+    overrides = float_start(cell, overrides) or []
     if not Run(directory(config.load(overrides), None)).finished():
-        command = f"python -m src.run {' '.join(overrides)}"
+        command = f"python -m src.run {shlex.join(overrides)}"
         if "RANK" in os.environ:
             raise BitfrontError(f"under torchrun, first run the start by itself: {command}")
         from src.cell import build, build_task
 
         build_task(cell), build(cell["quant"])  # refuse what cannot work before the start is trained
         CONSOLE.print(f"first the float start, with the task's own recipe: {command}")
-    floating = run_cell(overrides, nested=True)
+    return as_start(run_cell(overrides, nested=True))
+
+
+def as_start(floating: dict[str, Any]) -> dict[str, str]:
+    """What a cell that starts from a finished run knows of it."""
     return {"artifact": floating["artifact"], "sha256": floating["artifact_sha256"]}
+
+
+def float_start(cell: dict[str, Any], overrides: list[str]) -> list[str] | None:
+    """The command line of the float cell that a cell starts from; None if it does not start from one."""
+    if cell["init_from"] != "float":
+        return None
+    if cell["names"]["quant"] == "float":
+        raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
+    shared = ["task", "seed", "smoke", "root", "data_root", "wandb", "trainer"]
+    shared += [knob for knob, _ in config.knobs("task", cell["names"]["task"])]
+    words = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
+    # The one W&B run of a sweep's agent is the cell's own.
+    return [*words, "quant=float", *(["wandb=disabled"] if tracking.under_agent() else [])]
 
 
 def directory(cell: dict[str, Any], start: dict[str, str] | None) -> Path:
@@ -137,12 +146,10 @@ def rank() -> int:
     return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
 
 
-def _execute(
-    cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run, group: str
-) -> dict[str, Any]:
+def _execute(cell: dict[str, Any], overrides: list[str], start: dict[str, str] | None, run: Run) -> dict[str, Any]:
     from src.cell import execute
 
-    return execute(cell, overrides, start, run, rank(), group)
+    return execute(cell, overrides, start, run, rank())
 
 
 def summary(finished: dict[str, Any]) -> str:

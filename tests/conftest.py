@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +109,19 @@ def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-m", *words], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=timeout
     )
+
+
+def wandb_run(directory: Path) -> dict[str, Any]:
+    """The one W&B run below a folder, by W&B's own reader: ``config``, ``summary``, ``name`` and so on as it sums them
+    up, and ``lines``, its log by kind.
+    """
+    (file,) = directory.rglob("offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    short, long = (
+        subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        for words in ([*inspect, "--summary"], inspect)
+    )
+    lines: dict[str, list[Any]] = {}
+    for line in map(json.loads, long.splitlines()):
+        lines.setdefault(line["type"], []).append(line[line["type"]])
+    return json.loads(short) | {"lines": lines}

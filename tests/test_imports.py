@@ -11,6 +11,7 @@ from conftest import REPOSITORY, command
 
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
 FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf"}
+READS_RECORDS = {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"}
 FORBIDDEN = {
     "src/packed.py": FRAMEWORKS | {"src.artifact", "src.quant", "src.tasks", "src.training"},
     "src/artifact.py": FRAMEWORKS | {"src.quant", "src.tasks", "src.training"},
@@ -21,7 +22,7 @@ FORBIDDEN = {
     | {"src.quant", "src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
     "src/training.py": {"hydra", "wandb", "omegaconf", "src.run", "src.cell"},
     "src/record.py": FRAMEWORKS | {"torch", "src.quant", "src.tasks", "src.artifact"},
-    "src/report.py": {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"},
+    **{f"src/{name}.py": READS_RECORDS for name in ("dashboard", "report", "rows", "tables", "figures", "page")},
 }
 
 
@@ -48,7 +49,7 @@ def test_wandb_is_imported_in_one_file() -> None:
     assert [p.name for p in SOURCES if any(n.partition(".")[0] == "wandb" for n in imported(p))] == ["tracking.py"]
 
 
-@pytest.mark.parametrize("module", ["run", "report", "evaluate"])
+@pytest.mark.parametrize("module", ["run", "report", "evaluate", "dashboard"])
 def test_commands_start_without_torch(module: str) -> None:
     code = f"import sys, src.{module}; sys.exit('torch' in sys.modules)"
     import subprocess

@@ -48,7 +48,7 @@ def words(command: str) -> list[str]:
 
 def cells(command: str) -> list[list[str]]:
     """The overrides of each job of a command line's sweep, as Hydra expands it."""
-    overrides = OverridesParser.create().parse_overrides(config.swept(words(command)))
+    overrides = OverridesParser.create().parse_overrides(words(command))
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     return batch
 
@@ -84,7 +84,7 @@ def _hydra() -> Iterator[None]:
 def test_every_line_composes_and_takes_more_options(script: Path) -> None:
     for command in commands(script):
         assert command.startswith("python -m src.run -m ") and command.endswith(' "$@"')
-        config.check([*words(command), "smoke=true", "data_root=elsewhere"])
+        config.check(["-m", *words(command), "smoke=true", "data_root=elsewhere", "cluster=slurm"])
     assert loaded(script)
     assert os.access(script, os.X_OK)
 

@@ -1,30 +1,57 @@
-"""The table: grouped over seeds, sorted, the best marked; and README's block, generated from the committed records."""
+"""The report: rows grouped over seeds, sorted, the best marked, beside published numbers; and the committed results."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, command
 
+from src.errors import BitfrontError
+from src.figures import draw
 from src.record import read_all
-from src.report import as_csv, draw, fill_readme, markdown, rows
+from src.rows import MIB, Published, learned_bits, published, rows
+from src.rows import command as command_of
+from src.tables import fill
+
+RECORDS = REPOSITORY / "results" / "records"
+HEADER = "recipe,table,model,task,method,setting,metric,value,size,certainty,source,note\n"
 
 
-def fake(method: str, size: int, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+def fake(method: str, size: float, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+    """A record as far as the report reads it."""
     return {
         "id": f"{method}{size}{seed}", "task": "vit", "method": method, "setting": f"x={size}", "seed": seed,
         "config": {
-            "task": {}, "train": {}, "quant": {"size": size}, "init_from": None, "smoke": False,
+            "task": {}, "train": {}, "quant": {"size": size}, "init_from": None, "smoke": False, "seed": seed,
             "trainer": {"precision": "32-true"},
         },
+        "environment": {"dirty": False},
         "primary": {"name": "top1", "higher_is_better": True, "value": value},
+        "metrics": {"test": {"top1": value, "top5": 99.0}},
         "sizes": {"file": size, "float": 4000, "parameters": 1000},
-        "stages": {"train": {"seconds": 60.0}},
+        "widths": {"a.weight": [0, 0, 10, 30]},
+        "stages": {
+            "train": {"seconds": 60.0, "peak_memory": 2**30},
+            "evaluate": {"seconds": 30.0, "peak_memory": 2**31},
+        },
+        "history": [{"epoch": 1, "train/loss": 1.0}],
     } | more  # fmt: skip
+
+
+def number(value: float | None, **more: Any) -> Published:
+    """What a paper says about the cell of ``fake("lsq", 1000, ...)``."""
+    return Published(**{
+        "paper": "lsq", "table": "Tab. 1", "model": "ViT", "task": "vit", "method": "lsq", "setting": "x=1000",
+        "metric": "top1", "value": value, "size": None, "certainty": "quoted", "source": "arXiv", "note": "",
+    } | more)  # fmt: skip
 
 
 def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
@@ -39,7 +66,27 @@ def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
     )
     assert [(r.method, r.best) for r in table] == [("a", True), ("c", False), ("b", True), ("d", False)]
     assert table[0].values == [82.0, 80.0] and table[0].value == 81 and table[0].spread == pytest.approx(2**0.5)
-    assert table[0].cells()[3:8] == ("0.001", "4.00", "8.00", "81.00 ± 1.41", "2")
+    assert (table[0].size, table[0].ratio, table[0].bits) == (1000, 4, 8)
+    assert table[0].seconds == 60 and table[0].memory == 2**31 and table[0].gpu_memory is None
+
+
+def test_the_front_is_what_no_other_row_beats() -> None:
+    values = [(1000, 80.0), (1000, 80.0), (1000, 79.0), (1200, 80.0), (1300, 85.0), (1300, 81.0), (1400, 84.0)]
+    table = rows([fake(f"m{n}", size, value, setting="") for n, (size, value) in enumerate(values)])
+
+    def beaten(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        return b[0] <= a[0] and b[1] >= a[1] and b != a
+
+    for row in table:
+        cell = (row.size, row.value)
+        assert row.best == (not any(beaten(cell, other) for other in values))
+
+
+def test_a_run_that_diverged_is_not_the_best(tmp_path: Path) -> None:
+    table = rows([fake("a", 1000, math.nan), fake("b", 2000, 50.0)])
+    assert [row.best for row in table] == [False, True]
+    draw(table[:1], [], tmp_path / "x")
+    assert (tmp_path / "x.svg").is_file()
 
 
 def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:
@@ -47,6 +94,12 @@ def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:
     mixed["config"]["trainer"] = {"precision": "bf16-mixed"}
     table = rows([fake("a", 1000, 80.0), fake("a", 1000, 80.0), mixed])
     assert [row.values for row in table] == [[80.0], [50.0]]
+
+
+def test_an_option_that_came_later_and_is_off_does_not_part_seeds() -> None:
+    later = fake("a", 1000, 81.0, 1)
+    later["config"]["quant"] = later["config"]["quant"] | {"layers": None}
+    assert [row.values for row in rows([fake("a", 1000, 80.0), later])] == [[80.0, 81.0]]
 
 
 def test_lower_can_be_better() -> None:
@@ -62,21 +115,98 @@ def test_tasks_have_their_own_front_and_smoke_runs_their_own_table() -> None:
     assert [(r.task, r.best) for r in table] == [("lm", True), ("vit", True), ("vit-smoke", True)]
 
 
-def test_csv_and_markdown_hold_the_same_rows(tmp_path: Path) -> None:
-    table = rows([fake("a", 1000, 80.0), fake("b", 2000, 90.123456)])
-    parsed = list(csv.DictReader(io.StringIO(as_csv(table))))
-    assert [row["method"] for row in parsed] == ["a", "b"] and float(parsed[1]["mean"]) == 90.123456
-    assert markdown(table).count("\n") == 4 and "| 90.12 |" in markdown(table)
-    draw(table, tmp_path / "x")
-    first = (tmp_path / "x.svg").read_bytes()
-    draw(table, tmp_path / "x")
-    assert (tmp_path / "x.svg").read_bytes() == first and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+def test_a_cell_is_compared_with_its_own_number() -> None:
+    other = number(70.0, setting="x=2000")
+    (row,) = rows(
+        [fake("lsq", 1000, 80.0), fake("lsq", 1000, 82.0, 1)], [other, number(79.5), number(9, metric="hours")]
+    )
+    assert row.paper == number(79.5) and row.difference == pytest.approx(1.5)
+    small = fake("lsq", 1000, 80.0)
+    small["config"]["smoke"] = True
+    assert rows([fake("lsq", 1000, 80.0)], [other])[0].paper is None and not rows([small], [other])[0].papers
+
+
+def test_of_several_numbers_the_methods_own_paper_counts() -> None:
+    papers = [
+        number(99.5, paper="aaa", metric="top5"),
+        number(77.0, paper="diffq"),
+        number(78.0),
+        number(76.0, paper="b"),
+    ]
+    (row,) = rows([fake("lsq", 1000, 80.0)], papers)
+    assert [(p.paper, p.metric) for p in row.papers] == [
+        ("lsq", "top1"), ("b", "top1"), ("diffq", "top1"), ("aaa", "top5"),
+    ]  # fmt: skip
+    (row,) = rows([fake("lsq", 1000, 80.0)], papers[:1])
+    assert row.difference == pytest.approx(-0.5)  # in the paper's metric
+    recalled, quoted = number(78.0, paper="aaa", certainty="recalled"), number(77.0, paper="b")
+    assert rows([fake("lsq", 1000, 80.0)], [recalled, quoted])[0].paper == quoted
+    sized = number(None, size=2.0 * MIB)
+    (row,) = rows([fake("lsq", 1000, 80.0)], [sized, number(78.0, paper="b")])
+    assert row.paper_file == sized and row.paper and row.paper.value == 78.0
+
+
+def test_published_numbers_are_read_from_the_recipes(tmp_path: Path) -> None:
+    (tmp_path / "lsq").mkdir()
+    path = tmp_path / "lsq" / "paper.csv"
+    path.write_text(
+        HEADER
+        + "x,Tab. 1,ViT,vit,lsq,bits=2,top1,67.6,2.5,recalled,arXiv,a note\n,Tab. 2,X,,OmniQuant,,ppl,,,unsure,,\n"
+    )
+    (found,) = published(tmp_path)  # the other has no cell
+    assert (found.paper, found.setting, found.value, found.size) == ("lsq", "bits=2", 67.6, 2.5 * MIB)
+    assert published(tmp_path / "nowhere") == []
+    for wrong in ("x,,,vit,lsq,,top1,much,,quoted,,\n", "x,,,vit,lsq,,top1,1,,sure,,\n", "x,,vit\n"):
+        path.write_text(HEADER + wrong)
+        with pytest.raises(BitfrontError, match=r"paper\.csv', line 2"):
+            published(tmp_path)
+
+
+def test_the_recipes_can_be_read() -> None:
+    assert all(p.task and p.metric for p in published())
+
+
+def test_commands_make_the_run_again() -> None:
+    record = fake("a", 1000, 80.0, 3)
+    assert command_of(record) == "python -m src.run task=vit quant=a x=1000 seed=3"
+    words = ["quant=rtn", "quant.layers={head*: {bits: 8}}"]
+    assert command_of(record | {"overrides": words}) == "python -m src.run quant=rtn 'quant.layers={head*: {bits: 8}}'"
+
+
+def test_bits_are_learned_where_they_differ_within_a_tensor() -> None:
+    record = fake("a", 1000, 80.0, widths={"a": [0, 0, 10, 30], "b": [0, 0, 5], "raw": [0]})
+    assert learned_bits(record) == {"a": 2.75, "b": 2.0}
+    assert learned_bits(record | {"widths": {"a": [0, 0, 5], "b": [0, 0, 0, 5]}}) == {}
+
+
+def test_a_start_given_by_its_path_is_shown_by_its_run() -> None:
+    record = fake("a", 1000, 80.0)
+    for given, shown in (("runs/vit/float/ab12/model.safetensors", "ab12"), ("float", "float"), ("x.safetensors",) * 2):
+        record["setting"] = f"bits=2 init_from={given} J=0"
+        assert rows([record])[0].setting == f"bits=2 init_from={shown} J=0"
+
+
+def test_figures_are_the_same_every_time(tmp_path: Path) -> None:
+    layers = [{"name": "a.0.weight", "loss": 0.1}, {"name": "a.1.weight", "loss": 0.01}, {"name": "blind"}]
+    records = [fake("diffq", 1000, 80.0), fake("rtn", 2000, 90.0, calibration={"layers": layers})]
+    papers = [number(85.0, size=1500.0), number(None)]
+    draw(rows(records, papers), papers, tmp_path / "x")
+    names = {"x.png", "x.svg", "x_bits.svg", "x_layers.svg"}
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    assert {path.name for path in tmp_path.iterdir()} == names and first["x.png"][:4] == b"\x89PNG"
+    assert (
+        b"lsq, published" in first["x.svg"]
+        and b"a.1" in first["x_layers.svg"]
+        and b"blind" not in first["x_layers.svg"]
+    )
+    draw(rows(records, papers), papers, tmp_path / "x")
+    assert all((tmp_path / name).read_bytes() == content for name, content in first.items())
 
 
 def test_readme_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table:vit -->\nold\n<!-- end -->\nb\n<!-- table:lm -->\nkept\n<!-- end -->\n")
-    fill_readme(page, {"vit": rows([fake("a", 1000, 80.0)])})
+    fill(page, {"vit": rows([fake("a", 1000, 80.0)])})
     text = page.read_text()
     assert "old" not in text and "kept" in text and "| a |" in text and text.startswith("a\n") and "\nb\n" in text
 
@@ -86,24 +216,32 @@ def test_the_overview_has_the_cells_without_options(tmp_path: Path) -> None:
     usual[0]["setting"], usual[1]["setting"], usual[2]["setting"] = "", "bits=4", "bits=2"
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- overview:vit -->\nold\n<!-- end -->\nb\n<!-- overview:vit,lm -->\nkept\n<!-- end -->\n")
-    fill_readme(page, {"vit": rows(usual)})
+    fill(page, {"vit": rows(usual)})
     text = page.read_text()
     assert "| float | 90 (4.000 MiB) |" in text and "| rtn | 80 (1.000 MiB, bits=4) |" in text
     assert "60" not in text and "| gptq |" not in text and "old" not in text and "kept" in text
 
 
 def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
-    records = REPOSITORY / "results" / "records"
     page = tmp_path / "README.md"
     page.write_text((REPOSITORY / "README.md").read_text())
-    result = command("src.report", str(records), f"out={tmp_path / 'out'}", f"readme={page}")
+    result = command("src.report", str(RECORDS), f"out={tmp_path / 'out'}", f"readme={page}")
     assert result.returncode == 0, result.stderr
     assert page.read_text() == (REPOSITORY / "README.md").read_text()
-    made = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".csv", ".md", ".svg")]
-    assert {path.stem for path in made} >= {"vit"}
+    made = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".csv", ".md", ".tex", ".svg")]
+    assert {path.stem for path in made} >= {"vit", "vit_bits", "vit_layers"}
     for path in made:  # tables and vector figures, of every task
         assert path.read_bytes() == (REPOSITORY / "results" / path.name).read_bytes(), path.name
-    assert all(not r["environment"]["dirty"] and not r["config"]["smoke"] for r in read_all(records))
+    assert all(not r["environment"]["dirty"] and not r["config"]["smoke"] for r in read_all(RECORDS))
+
+
+def test_filters(tmp_path: Path) -> None:
+    words = ("task=vit", "method=diffq", "max_size=0.15", f"out={tmp_path}")
+    result = command("src.report", str(RECORDS), *words)
+    assert result.returncode == 0, result.stderr
+    found = list(csv.DictReader(io.StringIO((tmp_path / "vit.csv").read_text())))
+    assert found and {row["method"] for row in found} == {"diffq"}
+    assert all(float(row["bytes"]) <= 0.15 * MIB for row in found) and not (tmp_path / "lm.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +250,7 @@ def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
         (("/nowhere",), "no finished runs in '/nowhere'"),
         (("colour=red",), "unknown option"),
         (("max_size=big",), "takes a number"),
-        ((str(REPOSITORY / "results" / "records"), "method=none"), "no run in"),
+        ((str(RECORDS), "method=none"), "no run in"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], answer: str) -> None:
@@ -121,16 +259,12 @@ def test_mistakes(words: tuple[str, ...], answer: str) -> None:
 
 
 def test_a_thousand_records_are_a_table_in_a_second() -> None:
-    import time
-
     records = [fake(f"m{i % 7}", 1000 + i, 50 + i % 40) for i in range(1000)]
     began = time.perf_counter()
     assert len(rows(records)) == 1000
     assert time.perf_counter() - began < 1
 
 
-def test_a_start_given_by_its_path_is_shown_by_its_run() -> None:
-    record = fake("a", 1000, 80.0)
-    for given, shown in (("runs/vit/float/ab12/model.safetensors", "ab12"), ("float", "float"), ("x.safetensors",) * 2):
-        record["setting"] = f"bits=2 init_from={given} J=0"
-        assert rows([record])[0].setting == f"bits=2 init_from={shown} J=0"
+def test_tables_come_before_anything_that_draws_is_imported() -> None:
+    code = "import sys, src.report; sys.exit(bool({'torch', 'matplotlib', 'numpy', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -170,7 +170,8 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
     result = command("src.report", str(root), f"out={tmp_path}")
     assert result.returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"vit-smoke.{kind}" for kind in ("csv", "md", "png", "svg")}
+    tables = {f"vit-smoke.{kind}" for kind in ("csv", "md", "tex", "png", "svg")}
+    assert names == tables | {"vit-smoke_bits.svg", "vit-smoke_layers.svg", "report.html"}
     for method in ("float", "rtn", "gptq", "decoupleq", "ste", "lsq", "diffq"):
         assert method in result.stdout and method in (tmp_path / "vit-smoke.md").read_text()
 
@@ -263,15 +264,6 @@ def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
     assert command("src.run", *words).returncode == 0
 
 
-def test_a_start_has_the_networks_size_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """``model=`` is the task's, so that the float cell has it; the method's own options are not."""
-    started: list[list[str]] = []
-
-    def run_cell(overrides: list[str], group: str = "", nested: bool = False) -> dict[str, str]:
-        started.append(overrides)
-        return {"artifact": "x", "artifact_sha256": "y"}
-
-    monkeypatch.setattr(run, "run_cell", run_cell)
-    words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", f"root={tmp_path}"]
-    run.start_of(config.load(words), words)
-    assert started == [["task=resnet", "model=mobilenet", f"root={tmp_path}", "quant=float"]]
+def test_a_start_has_the_network_that_model_names() -> None:
+    words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]
+    assert run.float_start(config.load(words), words) == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]

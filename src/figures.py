@@ -1,0 +1,137 @@
+"""Figures of a task's rows: metric against size, bits per layer, loss per layer."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot, ticker
+
+from src.rows import MIB, Published, Row, layer_losses, learned_bits
+from src.tables import arrow
+
+STYLE: Any = {
+    "svg.hashsalt": "bitfront",  # the same file every time
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+MARKERS = "osD^vP*X"
+
+
+def draw(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
+    """All figures of a task, with names that begin with ``stem``: those that its rows have the numbers for."""
+    with matplotlib.rc_context(STYLE):
+        tradeoff(table, papers, stem)
+        over_layers(table, learned_bits, stem.with_name(f"{stem.name}_bits"), "mean bits per weight")
+        over_layers(table, layer_losses, stem.with_name(f"{stem.name}_layers"), "relative loss of the layer", log=True)
+
+
+def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
+    """Metric against file size with the front of the best rows, and published numbers hollow, as PNG and SVG."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    front = [row for row in table if row.best]
+    axes.step([r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0)
+    known = [(p.method, p.size / MIB, p.value) for p in papers if p.metric == table[0].metric and p.value and p.size]
+    for number, method in enumerate(sorted({r.method for r in table} | {method for method, *_ in known})):
+        look: dict[str, Any] = {"fmt": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+        points = [row for row in table if row.method == method]
+        axes.errorbar(
+            [row.size / MIB for row in points],
+            [row.value for row in points],
+            yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
+            capsize=2,
+            label=method if points else None,
+            **look,
+        )
+        theirs = [(x, y) for name, x, y in known if name == method]
+        axes.errorbar(
+            [x for x, _ in theirs],
+            [y for _, y in theirs],
+            markerfacecolor="none",
+            label=f"{method}, published" if theirs else None,
+            **look,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    row = table[0]
+    axes.set(xlabel="file size, MiB", ylabel=f"test {row.metric} {arrow(row)}", title=row.task)
+    axes.legend()
+    figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    _save(figure, stem)
+
+
+def over_layers(
+    table: Sequence[Row],
+    values: Callable[[dict[str, Any]], dict[str, float]],
+    stem: Path,
+    label: str,
+    log: bool = False,
+) -> None:
+    """A line per method and setting over the layers in the network's order, as SVG; of seeds, the first one counts.
+
+    Networks with other layers have axes of their own, and there is no file where no row has values.
+    """
+    networks: dict[tuple[str, ...], list[tuple[Row, dict[str, float]]]] = {}
+    for row in table:
+        if found := values(row.records[0]):
+            networks.setdefault(tuple(found), []).append((row, found))
+    if not networks:
+        return
+    width = min(max(6.0, 2 + 0.22 * max(map(len, networks))), 16.0)
+    figure, grid = pyplot.subplots(
+        len(networks), figsize=(width, 4.4 * len(networks)), layout="constrained", squeeze=False
+    )
+    for axes, (names, lines) in zip(grid[:, 0], networks.items(), strict=True):
+        _lines(axes, lines)
+        _name_layers(axes, names)
+        axes.set(ylabel=label, yscale="log" if log else "linear", title=table[0].task)
+        if len(lines) <= 32:  # more have no room; the page names each line
+            axes.legend(fontsize=8, ncols=1 + (len(lines) - 1) // 16, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, stem)
+
+
+def _lines(axes: Any, lines: Sequence[tuple[Row, dict[str, float]]]) -> None:
+    """Methods by marker, and settings, from small to large files, by colour."""
+    methods = sorted({row.method for row, _ in lines})
+    for method in methods:
+        own = [(row, found) for row, found in lines if row.method == method]
+        for n, (row, found) in enumerate(own):
+            axes.plot(
+                list(found.values()),
+                marker=MARKERS[methods.index(method) % len(MARKERS)],
+                markersize=4,
+                linewidth=1,
+                color=matplotlib.colormaps["viridis"](n / max(1, len(own)) * 0.9),
+                linestyle=("-", "--", ":", "-.")[methods.index(method) % 4],
+                label=f"{row.method} {row.setting}".strip() if len(methods) > 1 else row.setting,
+            )
+
+
+def _name_layers(axes: Any, names: Sequence[str]) -> None:
+    """Names below the axis, thinned out where there are many, and a line between blocks: the depth."""
+    step = 1 + len(names) // 64
+    axes.set_xticks(range(0, len(names), step), [n.removesuffix(".weight") for n in names[::step]])
+    axes.tick_params("x", labelrotation=90, labelsize=7)
+    axes.grid(False, axis="x")
+    blocks = [re.match(r"\D*\d*", name) for name in names]
+    for n, (before, after) in enumerate(itertools.pairwise(m and m[0] for m in blocks)):
+        if before != after:
+            axes.axvline(n + 0.5, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _save(figure: Any, stem: Path) -> None:
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    pyplot.close(figure)

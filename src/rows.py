@@ -1,0 +1,255 @@
+"""Rows of the report: finished runs grouped over seeds, beside what papers published for the same cell."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from src.errors import BitfrontError
+from src.record import identity
+
+MIB = 2**20
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+CERTAINTY = {  # from most to least, and how tables mark it
+    "quoted": "",
+    "computed": "†",
+    "recalled": "‡",
+    "unsure": "?",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published number: a line of ``recipes/<paper>/paper.csv``.
+
+    Attributes:
+        task, method, setting: of the comparable cell, as in its record.
+        value: of the metric, None where unknown.
+        size: in bytes, None where unknown.
+        certainty: a key of ``CERTAINTY``.
+    """
+
+    paper: str
+    table: str
+    model: str
+    task: str
+    method: str
+    setting: str
+    metric: str
+    value: float | None
+    size: float | None
+    certainty: str
+    source: str
+    note: str
+
+
+@dataclass
+class Row:
+    """One method and setting on one task, over its seeds.
+
+    Attributes:
+        records: its runs, by seed.
+        papers: published numbers of this cell, the closest first; their metrics are among the row's.
+        best: not beaten in both size and metric by any other row of its task.
+    """
+
+    records: list[dict[str, Any]]
+    papers: list[Published] = field(default_factory=list)
+    best: bool = False
+
+    @cached_property
+    def task(self) -> str:
+        """Smoke runs are a task of their own."""
+        return self.records[0]["task"] + ("-smoke" if self.records[0]["config"]["smoke"] else "")
+
+    @cached_property
+    def method(self) -> str:
+        """Its name, as in ``quant=``."""
+        return self.records[0]["method"]
+
+    @cached_property
+    def setting(self) -> str:
+        """As in the record, but a start given by its path is the run's directory."""
+        return re.sub(r"(init_from=)\S*?([^/\s]+)/[^/\s]+(?!\S)", r"\1\2", self.records[0]["setting"])
+
+    @cached_property
+    def metric(self) -> str:
+        """Name of the task's primary metric."""
+        return self.records[0]["primary"]["name"]
+
+    @cached_property
+    def higher_is_better(self) -> bool:
+        """Of the primary metric."""
+        return self.records[0]["primary"]["higher_is_better"]
+
+    @cached_property
+    def size(self) -> float:
+        """Of the file in bytes, mean over seeds."""
+        return statistics.mean(r["sizes"]["file"] for r in self.records)
+
+    @cached_property
+    def ratio(self) -> float:
+        """How many times smaller than the float network."""
+        return self.records[0]["sizes"]["float"] / self.size
+
+    @cached_property
+    def bits(self) -> float:
+        """Bits of the file per parameter."""
+        return 8 * self.size / self.records[0]["sizes"]["parameters"]
+
+    @cached_property
+    def values(self) -> list[float]:
+        """The primary metric on the test split, by seed."""
+        return [r["primary"]["value"] for r in self.records]
+
+    @cached_property
+    def value(self) -> float:
+        """Mean of the primary metric."""
+        return statistics.mean(self.values)
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the metric over seeds; 0 for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of calibration and training, mean over seeds; evaluation does not count."""
+        stages = ([s["seconds"] for name, s in r["stages"].items() if name != "evaluate"] for r in self.records)
+        return statistics.mean(map(sum, stages))
+
+    @cached_property
+    def memory(self) -> float | None:
+        """Most bytes of main memory that any stage of any seed held; None in records that lack it."""
+        return self._peak("peak_memory")
+
+    @cached_property
+    def gpu_memory(self) -> float | None:
+        """The same of the GPU's memory; None without a GPU."""
+        return self._peak("peak_gpu_memory")
+
+    def _peak(self, kind: str) -> float | None:
+        return max((s[kind] for r in self.records for s in r["stages"].values() if kind in s), default=None)
+
+    @cached_property
+    def dirty(self) -> bool:
+        """Whether code that git does not have made any of the runs."""
+        return any(r["environment"]["dirty"] for r in self.records)
+
+    @cached_property
+    def runs(self) -> list[str]:
+        """Ids, by seed."""
+        return [r["id"] for r in self.records]
+
+    @property
+    def paper(self) -> Published | None:
+        """The published metric that the row is compared with."""
+        return next((p for p in self.papers if p.value is not None), None)
+
+    @property
+    def paper_file(self) -> Published | None:
+        """The published size that the row is compared with."""
+        return next((p for p in self.papers if p.size is not None), None)
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's, in the paper's metric."""
+        if self.paper is None or self.paper.value is None:
+            return None
+        return statistics.mean(r["metrics"]["test"][self.paper.metric] for r in self.records) - self.paper.value
+
+
+def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) -> list[Row]:
+    """Records grouped over seeds, sorted by task and size, with published numbers, and the best marked."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in {r["id"]: r for r in records}.values():
+        seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
+        groups.setdefault((each["task"], each["method"], each["setting"], seedless), []).append(each)
+    table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
+    cells: dict[tuple[str, str, str], list[Published]] = {}
+    for number in papers:
+        cells.setdefault((number.task, number.method, number.setting), []).append(number)
+    for row in table:
+        row.papers = _comparable(row, cells.get((row.task, row.method, row.records[0]["setting"]), []))
+    table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
+    _mark(table)
+    return table
+
+
+def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:
+    """What we measure, too: the primary metric first, there the method's own paper, there what is most certain."""
+    found = [p for p in papers if p.metric in row.records[0]["metrics"]["test"]]
+    sure = list(CERTAINTY).index
+    return sorted(found, key=lambda p: (p.metric != row.metric, p.paper != row.method, sure(p.certainty), p.paper))
+
+
+def _mark(table: Sequence[Row]) -> None:
+    """Mark each task's best rows: from the smallest up, those that are better than all before."""
+
+    def goodness(row: Row) -> float:
+        return row.value if row.higher_is_better else -row.value
+
+    front: dict[str, Row] = {}
+    for row in sorted((row for row in table if not isnan(row.value)), key=lambda row: (row.size, -goodness(row))):
+        last = front.get(row.task)
+        row.best = last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
+        if row.best:
+            front[row.task] = row
+
+
+def published(folder: Path = RECIPES) -> list[Published]:
+    """The numbers of every ``<folder>/<paper>/paper.csv`` that belong to a task.
+
+    Raises:
+        BitfrontError: a line does not fit, naming it.
+    """
+    found = []
+    for path in sorted(folder.glob("*/paper.csv")):
+        with open(path, newline="") as file:
+            lines = csv.DictReader(file, restval="")
+            for line in lines:
+                try:
+                    found.append(_published(path.parent.name, line))
+                except KeyError as column:
+                    raise BitfrontError(f"'{path}' has no column {column}") from None
+                except ValueError as error:
+                    raise BitfrontError(f"'{path}', line {lines.line_num}: {error}") from None
+    return [number for number in found if number.task]
+
+
+def _published(paper: str, line: dict[str, str]) -> Published:
+    words = {key: line[key].strip() for key in Published.__dataclass_fields__ if key not in ("paper", "value", "size")}
+    if words["certainty"] not in CERTAINTY:
+        raise ValueError(f"certainty is one of {', '.join(CERTAINTY)}, not '{words['certainty']}'")
+    value, size = (float(line[key]) if line[key].strip() else None for key in ("value", "size"))
+    return Published(paper=paper, value=value, size=size and size * MIB, **words)
+
+
+def command(record: dict[str, Any]) -> str:
+    """The command line that makes a run again."""
+    words = record.get("overrides")
+    if words is None:  # a record from before they were kept
+        words = [f"task={record['task']}", f"quant={record['method']}", *record["setting"].split()]
+        words += [f"seed={record['seed']}"] * bool(record["seed"]) + ["smoke=true"] * record["config"]["smoke"]
+    return shlex.join(["python", "-m", "src.run", *words])
+
+
+def learned_bits(record: dict[str, Any]) -> dict[str, float]:
+    """Mean bits per weight of each tensor in the network's order, where widths differ within a tensor; else empty."""
+    widths = {name: counts for name, counts in record["widths"].items() if sum(counts)}
+    if not any(sum(map(bool, counts)) > 1 for counts in widths.values()):
+        return {}
+    return {name: sum(b * n for b, n in enumerate(counts)) / sum(counts) for name, counts in widths.items()}
+
+
+def layer_losses(record: dict[str, Any]) -> dict[str, float]:
+    """Relative loss of each layer's output after post-training quantization, in the network's order; else empty."""
+    return {e["name"]: e["loss"] for e in record.get("calibration", {}).get("layers", []) if "loss" in e}

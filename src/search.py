@@ -1,0 +1,101 @@
+"""Search for hyper-parameters: small files with a good metric, by Optuna's multi-objective TPE sampler.
+
+    python -m src.run -m task=vit quant=diffq penalty='tag(log,interval(0.1,50))' group_size=4,8,16 sweeper=optuna
+
+Two objectives, the size of the file and the metric on the validation split; the test split is only shown. Trials are
+cells like all others, and the sampler is seeded, so that an interrupted search, run again, passes through the finished
+cells to where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from rich import box
+from rich.table import Table
+
+from src.errors import BitfrontError
+from src.sweep import CONSOLE, Cell, Sweep
+
+MIB = 2**20
+
+
+def search(sweep: Sweep) -> list[Cell]:
+    """Run trials, ``cluster.workers`` at a time, and print the Pareto front.
+
+    Args:
+        sweep: its swept words are the space.
+
+    Returns:
+        The trials' cells; several may be the same.
+
+    Raises:
+        BitfrontError: nothing to search, or something that cannot be.
+    """
+    settings = sweep.config.sweeper
+    space = {o.get_key_element(): distribution(o) for o in sweep.overrides.values() if o.is_sweep_override()}
+    fixed = [word for word, o in sweep.overrides.items() if not o.is_sweep_override()]
+    if not space or {"task", "seed"} & set(space):
+        raise BitfrontError(
+            "sweeper=optuna searches the options of one task, such as penalty='tag(log,interval(0.1,50))'; "
+            f"got {', '.join(space) or 'nothing'}"
+        )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=settings.startup)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    cells: dict[int, Cell] = {}
+    while len(cells) < settings.trials:
+        count = min(sweep.config.cluster.workers, settings.trials - len(cells))
+        trials = [study.ask(space) for _ in range(count)]
+        batch = {trial.number: Cell([*fixed, *_words(trial.params)]) for trial in trials}
+        sweep.complete(list({tuple(cell.words): cell for cell in batch.values()}.values()))
+        for number, cell in batch.items():
+            record = cell.record()
+            study.tell(
+                number, objectives(record) if record else None, TrialState.COMPLETE if record else TrialState.FAIL
+            )
+        cells |= batch
+    show([cells[trial.number] for trial in study.best_trials])
+    return list(cells.values())
+
+
+def objectives(record: dict[str, Any]) -> list[float]:
+    """What is minimised: bytes of the file, and the validation metric, negated if higher is better."""
+    primary = record["primary"]
+    value = record["metrics"]["valid"][primary["name"]]
+    return [record["sizes"]["file"], -value if primary["higher_is_better"] else value]
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Of a swept word: ``interval(a,b)``, also within ``int(...)`` or ``tag(log,...)``; ``range(a,b)``; ``a,b,c``."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None and sweep.end is not None
+        kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution  # int(interval(2,8))
+        return kind(sweep.start, sweep.end, log="log" in sweep.tags)  # type: ignore[arg-type]
+    if isinstance(sweep, RangeSweep) and all(isinstance(v, int) for v in (sweep.start, sweep.stop, sweep.step)):
+        values: list[Any] = list(override.sweep_iterator())
+        return IntDistribution(min(values), max(values), step=abs(int(sweep.step)))
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def show(front: Sequence[Cell]) -> None:
+    """Print the front, smallest file first."""
+    grid = Table(title="Pareto front", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("MiB", "valid", "test", "command"):
+        grid.add_column(heading, justify="left" if heading == "command" else "right", overflow="fold")
+    records = {tuple(cell.words): record for cell in front if (record := cell.record())}
+    for words, record in sorted(records.items(), key=lambda item: item[1]["sizes"]["file"]):
+        name, metrics = record["primary"]["name"], record["metrics"]
+        values = (f"{metrics[split][name]:.4g}" for split in ("valid", "test"))
+        grid.add_row(f"{record['sizes']['file'] / MIB:.3f}", *values, " ".join(words))
+    CONSOLE.print(grid)
+
+
+def _words(params: dict[str, Any]) -> list[str]:
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]

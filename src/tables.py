@@ -1,0 +1,257 @@
+"""Rows as tables: for the terminal, as CSV, Markdown and LaTeX, and as the blocks of README."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from src import config
+from src.rows import CERTAINTY, MIB, Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables.
+
+    Attributes:
+        text: a row's cell.
+        words: aligned to the left.
+        paper: only in tables with published numbers.
+        narrow: in README, too.
+    """
+
+    heading: str
+    text: Callable[[Row], str]
+    words: bool = False
+    paper: bool = False
+    narrow: bool = True
+
+
+def number(value: float) -> str:
+    """A metric's value."""
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+
+
+def metric(row: Row) -> str:
+    """Mean and standard deviation over seeds."""
+    return number(row.value) + (f" ± {row.spread:.2f}" if len(row.values) > 1 else "")
+
+
+def minutes(row: Row) -> str:
+    """Of calibration and training."""
+    return f"{row.seconds / 60:.1f}" if row.seconds >= 60 else f"{row.seconds / 60:.2f}"
+
+
+def memory(row: Row) -> str:
+    """GiB, of the GPU where there was one."""
+    if row.gpu_memory:
+        return f"{row.gpu_memory / 2**30:.2f} GPU"
+    return f"{row.memory / 2**30:.2f}" if row.memory else ""
+
+
+def paper_size(row: Row) -> str:
+    """MiB with the certainty's mark."""
+    p = row.paper_file
+    return f"{p.size / MIB:.4g}{CERTAINTY[p.certainty]}" if p and p.size else ""
+
+
+def paper_metric(row: Row) -> str:
+    """Value with the certainty's mark, and the metric's name where it is not the table's."""
+    p = row.paper
+    if p is None or p.value is None:
+        return ""
+    return f"{number(p.value)}{CERTAINTY[p.certainty]}" + (f" {p.metric}" if p.metric != row.metric else "")
+
+
+def difference(row: Row) -> str:
+    """With its sign."""
+    return "" if row.difference is None else f"{row.difference:+.2f}"
+
+
+METRIC = "metric"  # its heading is made from the table's rows
+SETTING, RUNS = "setting", "runs"
+COLUMNS = (
+    Column("", lambda row: "*" * row.best + "!" * row.dirty, words=True),
+    Column("method", lambda row: row.method, words=True),
+    Column(SETTING, lambda row: row.setting, words=True),
+    Column("MiB", lambda row: f"{row.size / MIB:.3f}"),
+    Column("ratio", lambda row: f"{row.ratio:.2f}"),
+    Column("bits/w", lambda row: f"{row.bits:.2f}"),
+    Column(METRIC, metric),
+    Column("paper MiB", paper_size, paper=True, narrow=False),
+    Column("paper", paper_metric, paper=True),
+    Column("difference", difference, paper=True),
+    Column("seeds", lambda row: str(len(row.values))),
+    Column("minutes", minutes),
+    Column("peak GiB", memory, narrow=False),
+    Column(RUNS, lambda row: " ".join(row.runs)),
+)
+
+
+def columns(table: Sequence[Row], narrow: bool = False) -> list[Column]:
+    """Those that this table has."""
+    papers = any(row.paper or row.paper_file for row in table)
+    return [c for c in COLUMNS if (papers or not c.paper) and (c.narrow or not narrow)]
+
+
+def headings(table: Sequence[Row], chosen: Sequence[Column]) -> list[str]:
+    """Of some columns; that of the metric says which is better, more or less."""
+    return [f"test {table[0].metric} {arrow(table[0])}" if c.heading == METRIC else c.heading for c in chosen]
+
+
+def arrow(row: Row) -> str:
+    """Where the better values are."""
+    return "↑" if row.higher_is_better else "↓"
+
+
+def notes(table: Sequence[Row]) -> list[str]:
+    """What the marks mean that this table has."""
+    certainties = {p.certainty for row in table for p in (row.paper, row.paper_file) if p}
+    meanings = {"computed": "computed by the paper's rule", "recalled": "recalled, not read", "unsure": "not certain"}
+    marks = [f"{CERTAINTY[c]} {meaning}" for c, meaning in meanings.items() if c in certainties]
+    return marks + ["! with code that git does not have"] * any(row.dirty for row in table)
+
+
+def markdown(table: Sequence[Row], narrow: bool = False) -> str:
+    """One task's rows as a Markdown table, with what its marks mean."""
+    chosen = columns(table, narrow)
+    lines = [_line(headings(table, chosen)), "|" + "---|" * len(chosen)]
+    lines += [_line([column.text(row) for column in chosen]) for row in table]
+    if found := notes(table):
+        lines += ["", "; ".join(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_csv(table: Sequence[Row]) -> str:
+    """One task's rows as CSV, with all digits; what is not known is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    about = ("best", "dirty", "method", "setting", "bytes", "ratio", "bits_per_weight")
+    ours = ("metric", "mean", "std", "seeds", "seconds", "peak_memory", "peak_gpu_memory")
+    kinds = ("paper_file", "paper_file_source", "paper_file_certainty", "paper_file_bytes")
+    papers = (*kinds, "paper", "paper_source", "paper_certainty", "paper_metric", "paper_value", "difference")
+    writer.writerow((*about, *ours, *papers, "runs"))
+    for row in table:
+        file, p = row.paper_file, row.paper
+        writer.writerow(
+            (
+                *(int(row.best), int(row.dirty), row.method, row.setting, row.size, row.ratio, row.bits),
+                *(row.metric, row.value, row.spread, len(row.values), row.seconds, row.memory, row.gpu_memory),
+                *((file.paper, file.source, file.certainty, file.size) if file else ("",) * 4),
+                *((p.paper, p.source, p.certainty, p.metric, p.value) if p else ("",) * 5),
+                *(row.difference, " ".join(row.runs)),
+            )
+        )
+    return text.getvalue()
+
+
+TEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "†": r"$\dagger$", "‡": r"$\ddagger$", "*": r"$\ast$"},
+}
+
+
+def latex(table: Sequence[Row]) -> str:
+    """One task's rows as a LaTeX table; it needs ``\\usepackage{booktabs}``, and fontenc T1 for quotation marks."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(tex(cell) for cell in cells) + r" \\"
+
+    chosen = [column for column in columns(table) if column.heading != RUNS]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{tex('; '.join([f'{table[0].task}. * not beaten in size and metric', *notes(table)]))}}}",
+        rf"\label{{tab:{table[0].task}}}",
+        rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in chosen)}}}",
+        r"\toprule",
+        line(headings(table, chosen)),
+        r"\midrule",
+        *(line([column.text(row) for column in chosen]) for row in table),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tex(text: str) -> str:
+    """Plain text for LaTeX."""
+    return "".join(TEX.get(letter, letter) for letter in text)
+
+
+def show(table: Sequence[Row], console: Console) -> None:
+    """Print one task's rows; on a narrow terminal the settings wrap, and the last columns are left to the files."""
+    chosen = columns(table)
+    place = next(n for n, column in enumerate(chosen) if column.heading == SETTING)
+    lines = [[_short(row) if column.heading == RUNS else column.text(row) for column in chosen] for row in table]
+    lines.insert(0, headings(table, chosen))
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+    slack = widths[place] - max(len(word) for line in lines for word in line[place].split(" "))
+    while (over := sum(widths) + 2 * len(widths) - console.width) > slack and len(widths) > 7:
+        widths.pop()
+    widths[place] -= max(0, min(over, slack))
+    heading, *text = [part for line in lines for part in _aligned(line, widths, chosen, place)]
+    meaning = f"* not beaten in size and test {table[0].metric}; MiB of the file; file bits per parameter; minutes"
+    console.print(f"\n{table[0].task}\n\n{heading}", style="bold", soft_wrap=True)
+    console.print("\n".join(["─" * (sum(widths) + 2 * len(widths) - 2), *text]), soft_wrap=True)
+    console.print("\n".join(["", f"{meaning} without evaluation", *notes(table)]), style="italic")
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], chosen: Sequence[Column], place: int) -> Iterator[str]:
+    """A row as one line of text, or more if the cell at ``place`` wraps."""
+    for n, part in enumerate(textwrap.wrap(line[place], widths[place]) or [""]):
+        cells = [part if k == place else "" if n else cell for k, cell in enumerate(line)]
+        parts = zip(cells, widths, chosen, strict=False)
+        yield "  ".join(f"{cell:{'<' if column.words else '>'}{width}}" for cell, width, column in parts).rstrip()
+
+
+def _short(row: Row) -> str:
+    """The first run, and how many more there are."""
+    return row.runs[0] + (f" +{len(row.runs) - 1}" if len(row.runs) > 1 else "")
+
+
+def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
+    """Methods against tasks as a Markdown table: each cell as it runs without options, metric and MiB of the file."""
+    parts = [tables[task] for task in tasks]
+    lines = [_line(["", *(f"{part[0].task}: {part[0].metric} {arrow(part[0])}" for part in parts)])]
+    lines += ["|" + "---|" * (1 + len(parts))]
+    for method in config.options("quant"):
+        cells = []
+        for part in parts:
+            usual = config.load([f"task={part[0].task}", f"quant={method}"])["setting"]
+            row = next((row for row in part if (row.method, row.setting) == (method, usual)), None)
+            about = ", ".join([f"{row.size / MIB:.3f} MiB", *usual.split()]) if row else ""
+            cells.append(f"{row.value:.4g} ({about})" if row else "")
+        if any(cells):
+            lines.append(_line([method, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def fill(path: Path, tables: dict[str, list[Row]]) -> None:
+    """Replace what is between ``<!-- table:TASK -->`` and ``<!-- end -->`` in a Markdown file by the task's table, and
+    between ``<!-- overview:TASK,TASK -->`` and that by the tasks' overview.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        tasks = match[3].split(",")
+        if not all(task in tables for task in tasks):
+            return match[0]
+        table = overview(tables, tasks) if match[2] == "overview" else markdown(tables[tasks[0]], narrow=True)
+        return f"{match[1]}\n{table}{match[4]}"
+
+    pattern = r"(<!-- (table|overview):([\w,]+) -->).*?(<!-- end -->)"
+    path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))

@@ -1,0 +1,287 @@
+"""Sweeps: every cluster ends with the same runs; failures, deaths and other sweeps cost only the cell they hit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, command
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from src import config, search, sweep
+from src.errors import BitfrontError
+from src.record import Run, read, read_all
+
+SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disabled")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with the float network that others start from."""
+    root = tmp_path_factory.mktemp("start")
+    assert command("src.run", *SMOKE, "quant=float", f"root={root}").returncode == 0
+    return root
+
+
+@pytest.fixture
+def root(start: Path, tmp_path: Path) -> Path:
+    shutil.copytree(start / "vit", tmp_path / "vit")
+    return tmp_path
+
+
+def written(root: Path) -> dict[str, int]:
+    """When each run's record was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.rglob("record.json")}
+
+
+def test_what_failed_is_listed_with_its_command_and_only_that_is_run_again(root: Path) -> None:
+    words = (*SMOKE, "quant=rtn", "bits=40,3", f"root={root}")
+    result = command("src.run", *words)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    report = result.stderr.partition("1 of 2 cells failed")[2]
+    assert "bits is 1..15, got 40" in report
+    before = written(root)
+    (line,) = (line.split() for line in report.splitlines() if "python -m src.run" in line)
+    assert line[:3] == ["python", "-m", "src.run"] and config.load(line[3:])["bits"] == 40
+    repeated = command("src.run", *words)
+    assert "finished before: vit rtn bits=3" in repeated.stdout and "1 of 2 cells failed" in repeated.stderr
+    after = written(root)
+    finished = {r["id"] for r in read_all(root)}
+    assert {i: t for i, t in after.items() if i in finished} == {i: t for i, t in before.items() if i in finished}
+
+
+def test_a_start_is_trained_once_and_what_it_fails_with_fails_its_cells(tmp_path: Path) -> None:
+    words = (*SMOKE, "quant=rtn,gptq", f"root={tmp_path}", "cluster=local")
+    result = command("src.run", *words)
+    assert result.returncode == 0, result.stderr
+    assert sorted(r["method"] for r in read_all(tmp_path)) == ["float", "gptq", "rtn"]
+    missing = command("src.run", *SMOKE, "task=vit_cifar10", "smoke=false", "quant=rtn,gptq", "data_root=/nowhere")
+    assert missing.returncode != 0 and "2 of 2 cells failed" in missing.stderr
+    assert missing.stderr.count("the float network to start from: no images in '/nowhere/cifar10") == 2
+
+
+def test_parallel_and_serial_give_the_same_artifacts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as workers of two cores have; sums depend on it
+    shutil.copytree(root / "vit", tmp_path / "serial" / "vit")
+    words = (*SMOKE, "quant=diffq,gptq")
+    both = [("cluster=local", f"root={root}"), (f"root={tmp_path / 'serial'}",)]
+    assert all(command("src.run", *words, *where).returncode == 0 for where in both)
+    hashes = [{r["id"]: r["artifact_sha256"] for r in read_all(place / "vit")} for place in (root, tmp_path / "serial")]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+
+
+def test_killed_and_rerun_a_sweep_redoes_only_what_was_unfinished(root: Path) -> None:
+    words = (*SMOKE, "quant=diffq", "penalty=1,2,3,4,5", "train.epochs=6", f"root={root}", "cluster=local")
+    running = subprocess.Popen([sys.executable, "-m", "src.run", *words], cwd=REPOSITORY)
+    deadline = time.monotonic() + 120
+    while not (finished := [r["id"] for r in read_all(root) if r["method"] == "diffq"]):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    while any(Run(path).held() for path in (root / "vit" / "diffq").iterdir()):  # the workers end with it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = written(root)
+    finished = [i for i in before if i in finished]
+    assert len(before) < 6  # with the start's
+    result = command("src.run", *words)
+    assert result.returncode == 0, result.stderr
+    after = written(root)
+    assert len(after) == 6 and {i: after[i] for i in before} == before
+    assert result.stdout.count("finished before") == len(before) - 1
+
+
+def test_two_sweeps_on_the_same_cells_share_them(root: Path) -> None:
+    words = [sys.executable, "-m", "src.run", *SMOKE, "quant=diffq", "penalty=1,2,3", "train.epochs=6", f"root={root}"]
+    both = [subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(read_all(root)) == 4
+    trained = [line for out in outputs for line in out.splitlines() if line.startswith("vit diffq")]
+    assert len(trained) == 3, outputs  # each once, in one of the two
+
+
+def test_each_cell_in_two_processes(root: Path) -> None:
+    result = command(
+        "src.run", *SMOKE, "quant=diffq,gptq", "trainer.devices=2", "cluster=local_ddp", f"root={root}", "seed=1"
+    )
+    assert result.returncode == 0, result.stderr
+    processes = {r["method"]: r["processes"] for r in read_all(root) if r["seed"] == 1}
+    assert processes == {"float": 2, "diffq": 2, "gptq": 1}  # calibration is for one
+    assert result.stdout.count("smaller than float") == 3
+
+
+class Dying:
+    """A launcher whose process dies with every cell of some width."""
+
+    def __init__(self, bits: str, root: Path) -> None:
+        self.bits, self.root, self.batches = bits, root, []  # type: ignore[var-annotated]
+
+    def launch(self, batch: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        self.batches.append([next(w for w in words if w.startswith("bits=")) for words in batch])
+        for words in batch:
+            run = sweep.Cell(list(words)).run()
+            assert run is not None
+            with run.locked(wait=False):
+                if self.bits in words:
+                    raise RuntimeError("a worker is gone")
+                run.artifact.write_bytes(b"x")
+                run.write({"status": "finished", "sizes": {"file": 1}})
+        return [SimpleNamespace(return_value=(False, "")) for _ in batch]
+
+
+def test_a_process_that_dies_takes_no_other_cell_with_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "summary", str)
+    words = ["task=vit", "smoke=true", "trainer.accelerator=cpu", "quant=rtn", f"root={root}"]
+    cells = [sweep.Cell([*words, f"bits={bits}"]) for bits in (2, 3, 4, 5)]
+    made = sweep.Sweep.__new__(sweep.Sweep)
+    made.launcher = Dying("bits=3", root)
+    made.launched, made.place, made.shown = 0, [], True
+    made.config = SimpleNamespace(hydra=SimpleNamespace(sweeper=SimpleNamespace(max_batch_size=None)))  # type: ignore[assignment]
+    made.complete(cells)
+    assert [bool(cell.error) for cell in cells] == [False, True, False, False]
+    assert "its process died" in cells[1].error and "a worker is gone" in cells[1].error
+    assert made.launcher.batches == [["bits=2", "bits=3", "bits=4", "bits=5"], ["bits=3"], ["bits=4", "bits=5"]]
+
+
+def test_a_cluster_that_starts_nothing_says_so_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no SLURM there
+    result = command("src.run", *SMOKE, "quant=rtn,gptq", "cluster=slurm", f"root={root}")
+    assert result.returncode != 0 and "slurm cluster" in result.stderr and result.stderr.count("error") == 1
+
+
+def test_slurm_gets_a_task_and_a_gpu_for_each_device() -> None:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        words = ["cluster=slurm", "trainer.devices=4", "cluster.workers=3", "hydra.launcher.partition=long"]
+        launcher = compose("config", words, return_hydra_config=True).hydra.launcher
+    assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.array_parallelism) == (4, 4, 3)
+    assert launcher.partition == "long"
+
+
+def test_where_a_cell_runs_is_no_part_of_it() -> None:
+    cells = [config.load(["task=vit", "quant=rtn", *place]) for place in ([], ["cluster=slurm", "cluster.workers=9"])]
+    assert cells[0] == cells[1]
+
+
+def test_numbers_of_workers_are_their_own_as_long_as_they_live(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from src.sweep import own_number
+print(own_number(Path({str(tmp_path)!r})), flush=True)
+input()
+"""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        for _ in range(2)
+    ]
+    assert {worker.stdout.readline().strip() for worker in workers if worker.stdout} == {"0", "1"}
+    for worker in workers:
+        worker.communicate("\n")
+    assert sweep.own_number(tmp_path) == 0
+
+
+def test_a_worker_ends_when_its_sweep_is_gone() -> None:
+    ended: list[int] = []
+    sweep._end_with(os.getppid() + 1, 0.0, ended.append)
+    assert ended == [1]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("penalty=interval(0.5,5)", FloatDistribution(0.5, 5)),
+        ("penalty=tag(log,interval(0.1,50))", FloatDistribution(0.1, 50, log=True)),
+        ("bits=int(interval(2,8))", IntDistribution(2, 8)),
+        ("bits=range(2,9,2)", IntDistribution(2, 8, step=2)),
+        ("group_size=4,8,16", CategoricalDistribution(["4", "8", "16"])),
+    ],
+)
+def test_spaces_of_a_search(word: str, expected: Any) -> None:
+    assert search.distribution(OverridesParser.create().parse_override(word)) == expected
+
+
+def test_a_search_ends_in_a_front_and_is_the_same_again(root: Path) -> None:
+    space = ("penalty=tag(log,interval(0.1,50))", "group_size=4,8")
+    words = (*SMOKE, "quant=diffq", *space, "sweeper=optuna", "sweeper.trials=5", "sweeper.startup=3", f"root={root}")
+    first = command("src.run", *words)
+    assert first.returncode == 0, first.stderr
+    records = [r for r in read_all(root) if r["method"] == "diffq"]
+    assert 3 <= len(records) <= 5
+    points = {tuple(search.objectives(r)) for r in records}
+    front = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    shown = first.stdout.partition("Pareto front")[2].count("quant=diffq")
+    assert len(front) <= shown <= len(records)
+    again = command("src.run", *words)
+    assert again.stdout.partition("Pareto front")[2] == first.stdout.partition("Pareto front")[2]
+    assert len([r for r in read_all(root) if r["method"] == "diffq"]) == len(records)
+
+
+def test_a_search_minimises_size_and_validation_loss() -> None:
+    top1 = {"primary": {"name": "top1", "higher_is_better": True, "value": 1.0}, "sizes": {"file": 7}}
+    assert search.objectives(top1 | {"metrics": {"valid": {"top1": 90.0}, "test": {"top1": 1.0}}}) == [7, -90.0]
+    wer = {"primary": {"name": "wer", "higher_is_better": False, "value": 1.0}, "sizes": {"file": 7}}
+    assert search.objectives(wer | {"metrics": {"valid": {"wer": 20.0}}}) == [7, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("quant=diffq", "penalty=interval(1,2)"), "add sweeper=optuna"),
+        (("quant=rtn", "init_from=/nowhere"), "1 of 1 cells failed"),
+        (("quant=rtn", "--cfg", "job"), "takes no --cfg"),
+        (("quant=diffq", "sweeper=optuna"), "got nothing"),
+        (("task=vit,lm", "quant=diffq", "penalty=1,2", "sweeper=optuna"), "options of one task"),
+        (("quant=diffq", "trainer.devices=2", "cluster=local", "penalty=1,2"), "trainer.devices=2 penalty=1,2 cluster"),
+        (("cluster=cloud",), "there is no cluster=cloud"),
+        (("cluster.workers=two",), "cluster.workers takes a whole number"),
+    ],
+)
+def test_mistakes(words: tuple[str, ...], answer: str) -> None:
+    result = command("src.run", *SMOKE, *words)
+    assert result.returncode != 0 and answer in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_cell_of_another_process_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    (path,) = (root / "vit" / "float").iterdir()
+    run = Run(path)
+    assert not run.held() and not Run(root / "nothing").held()
+    with open(run.lock) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.held()
+    assert not run.held() and read(path / "record.json")
+
+
+def test_ray(root: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    result = command("src.run", *SMOKE, "quant=rtn,gptq", "cluster=ray", f"root={root}")
+    assert result.returncode == 0, result.stderr
+    assert sorted(r["method"] for r in read_all(root)) == ["float", "gptq", "rtn"]
+
+
+def test_without_ray_its_packages_are_named(root: Path) -> None:
+    try:
+        import hydra_plugins.hydra_ray_launcher  # noqa: F401
+    except ImportError:
+        with pytest.raises(BitfrontError, match="hydra-ray-launcher"):
+            config.check(["task=vit", "cluster=ray"])
