@@ -4,7 +4,7 @@ RUN := $(PY) -m src.run
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke lint test-slow bench publish results wandb-dashboard lock clean
+.PHONY: help setup demo test smoke recipes-smoke lint test-slow bench publish results wandb-dashboard lock clean
 
 help:  ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -25,6 +25,11 @@ smoke: .venv/installed  ## Run every method on tiny data in seconds
 	rm -rf runs-smoke
 	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs-smoke wandb=disabled
 	$(PY) -m src.report runs-smoke
+
+recipes-smoke: .venv/installed  ## Run every line of every recipe on tiny data (10 minutes)
+	rm -rf runs-smoke
+	@failed=0; for recipe in recipes/*/*.sh; do echo "== $$recipe"; \
+		PATH="$(CURDIR)/.venv/bin:$$PATH" $$recipe smoke=true root=runs-smoke wandb=disabled || failed=1; done; exit $$failed
 
 lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff check .

@@ -169,6 +169,8 @@ def _attached(
     network = task.model() if start else task.initial()
     if start:
         Artifact.load(start["artifact"]).load_into(network)
+    if task.smoke:
+        method = method.fitting(network)
     if not isinstance(method, PostTraining):
         return method.attach(network)
     try:

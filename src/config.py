@@ -65,10 +65,10 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     names = {group: choices[group] for group in CELL}
     words = [
         f"{knob}={cell[knob]}"
-        for n, (knob, v) in enumerate(_knobs("quant", names["quant"]))
+        for n, (knob, v) in enumerate(knobs("quant", names["quant"]))
         if n == 0 or cell[knob] != v
     ]
-    shown = (*(f"{knob}=" for knob, _ in _knobs("task", names["task"])), "task.", "train.", "quant.", "init_from=")
+    shown = (*(f"{knob}=" for knob, _ in knobs("task", names["task"])), "task.", "train.", "quant.", "init_from=")
     shown += ("trainer.precision=",)
     usual = _compose([f"{group}={name}" for group, name in names.items()])
     for override in overrides:
@@ -279,23 +279,23 @@ def _shared() -> dict[str, Any]:
     return yaml.safe_load((CONF / "config.yaml").read_text())
 
 
-def _knobs(group: str, name: str) -> list[tuple[str, Any]]:
+def knobs(group: str, name: str) -> list[tuple[str, Any]]:
     """The keys that a choice's yaml, or one that it builds on, declares at top level, with their defaults."""
     keys = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     if group in SWEEP:
         return [(f"{group}.{key}", value) for key, value in keys[group].items()]
     base = next((part for part in keys.get("defaults", []) if part != "_self_"), None)
-    knobs = dict(_knobs(group, base)) if base else {}
-    knobs |= {key: value for key, value in keys.items() if key not in (*GROUPS, "train", "init_from", "defaults")}
-    return list(knobs.items())
+    found = dict(knobs(group, base)) if base else {}
+    found |= {key: value for key, value in keys.items() if key not in (*GROUPS, "train", "init_from", "defaults")}
+    return list(found.items())
 
 
 def _listed(group: str) -> list[str]:
     """The help's lines on a group."""
     lines = []
     for name in options(group):
-        knobs = " ".join(f"{knob}={value}" for knob, value in _knobs(group, name))
-        lines += [f"  {name:22}{_description(group, name)}"] + ([f"{'':24}{knobs}"] if knobs else [])
+        shown = " ".join(f"{knob}={value}" for knob, value in knobs(group, name))
+        lines += [f"  {name:22}{_description(group, name)}"] + ([f"{'':24}{shown}"] if shown else [])
     return lines
 
 

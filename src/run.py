@@ -128,7 +128,8 @@ def float_start(cell: dict[str, Any], overrides: list[str]) -> list[str] | None:
         return None
     if cell["names"]["quant"] == "float":
         raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
-    shared = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")
+    shared = ["task", "seed", "smoke", "root", "data_root", "wandb", "trainer"]
+    shared += [knob for knob, _ in config.knobs("task", cell["names"]["task"])]
     words = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]
     # The one W&B run of a sweep's agent is the cell's own.
     return [*words, "quant=float", *(["wandb=disabled"] if tracking.under_agent() else [])]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, command
 
+from src import config, run
 from src.record import read, read_all, sha256
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
@@ -183,7 +184,6 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
         (("quant=float", "init_from=float"), "cannot start from itself"),
         (("quant=rtn", "bits=16", "init_from=null"), "1..15, got 16"),
         (("quant=gptq", "train.epochs=3"), "quant=gptq does not train, so train.epochs means nothing"),
-        (("quant=gptq", "quant.layers={head*: {bits: 8}}"), "no quantized tensor matches 'head*'"),
         (("quant=gptq", "quant.layers=3"), "quant.layers takes a mapping"),
         (("quant=gptq", "group_size=5"), "group_size does not divide the rows of 'blocks.0.attn.qkv.weight'"),
         (("trainer.devices=0",), "trainer.devices is positive"),
@@ -262,3 +262,8 @@ def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
     assert stopped.returncode != 0
     assert (only(tmp_path, "float") / "last.ckpt").is_file()
     assert command("src.run", *words).returncode == 0
+
+
+def test_a_start_has_the_network_that_model_names() -> None:
+    words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]
+    assert run.float_start(config.load(words), words) == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]

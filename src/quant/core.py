@@ -282,6 +282,13 @@ class Method:
             settings |= some if fnmatchcase(name, pattern) else {}
         return replace(self, layers=None, **settings) if settings else self
 
+    def fitting(self, network: nn.Module) -> Self:
+        """This method without settings for tensors that the network, made small for a smoke run, does not have."""
+        names = eligible(network, self.min_size, self.exclude)
+        layers = self.layers or {}
+        kept = {pattern: some for pattern, some in layers.items() if any(fnmatchcase(name, pattern) for name in names)}
+        return replace(self, layers=kept)
+
     def attach(self, network: nn.Module) -> QuantizedModel:
         """Wrap a network whose weights are the starting point."""
         return QuantizedModel(network, self.quantizers(network))

@@ -30,7 +30,8 @@ class GPTQ(RTN):
 
     Attributes:
         bits: 1..8.
-        group_size: consecutive weights of a row that share scale and zero, a divisor of the row; -1 for the row.
+        group_size: consecutive weights of a row that share scale and zero: a divisor of the row, or all of it where it
+            is shorter; -1 for the row.
         symmetric, scale_dtype: as in ``RTN``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
@@ -47,8 +48,8 @@ class GPTQ(RTN):
         check(self.damping >= 0, f"quant.damping is not negative, got {self.damping}")
 
     def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        sizes = {name: self.of(name).group_size for name in shapes}
-        wrong = [f"'{name}' ({s[1:].numel()})" for name, s in shapes.items() if s[1:].numel() % abs(sizes[name])]
+        sizes = {name: (s[1:].numel(), self.of(name).group_size) for name, s in shapes.items()}
+        wrong = [f"'{name}' ({row})" for name, (row, size) in sizes.items() if row > size > 0 and row % size]
         check(
             not wrong,
             f"group_size does not divide the rows of {', '.join(wrong)}; choose another, or for these layers alone as "
@@ -59,7 +60,7 @@ class GPTQ(RTN):
         if inputs is None:
             return super().solve(w, inputs)
         curvature = inputs.curvature(self.damping, self.act_order)
-        size = self.group_size if self.group_size > 0 else inputs.columns
+        size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
         log = {"power": 0.0}
 
         def solve(rows: Tensor) -> Solution:
