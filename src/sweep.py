@@ -140,7 +140,7 @@ class Sweep:
 
     def __init__(self, words: Sequence[str]) -> None:
         loader = GlobalHydra.instance().config_loader()
-        parsed = {word: OverridesParser.create(config_loader=loader).parse_override(word) for word in words}
+        parsed = dict(zip(words, OverridesParser.create(config_loader=loader).parse_overrides([*words]), strict=True))
         own = (*config.SWEEP, "hydra")
         shared = [word for word, o in parsed.items() if _is(o, *own, "root", "trainer") and not o.is_sweep_override()]
         self.overrides = {word: o for word, o in parsed.items() if not _is(o, *own)}
