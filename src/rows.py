@@ -176,12 +176,22 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
-        cells.setdefault((number.task, number.method, number.setting), []).append(number)
+        cells.setdefault((number.task, number.method, spelled(number.setting)), []).append(number)
     for row in table:
-        row.papers = _comparable(row, cells.get((row.task, row.method, row.records[0]["setting"]), []))
+        row.papers = _comparable(row, cells.get((row.task, row.method, spelled(row.records[0]["setting"])), []))
     table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
     _mark(table)
     return table
+
+
+def spelled(setting: str) -> str:
+    """A setting with one spelling for what is the same: ``penalty=5.0`` and ``penalty=5``, ``True`` and ``true``."""
+
+    def word(match: re.Match[str]) -> str:
+        text = match[0].lower()
+        return text if text in ("true", "false") else f"{float(text):g}"
+
+    return re.sub(r"(?<==)(true|false|[-+]?\d+\.?\d*(e[-+]?\d+)?)(?=\s|$)", word, setting, flags=re.IGNORECASE)
 
 
 def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:

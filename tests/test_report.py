@@ -126,6 +126,14 @@ def test_a_cell_is_compared_with_its_own_number() -> None:
     assert rows([fake("lsq", 1000, 80.0)], [other])[0].paper is None and not rows([small], [other])[0].papers
 
 
+def test_settings_that_are_the_same_compare_however_they_are_spelled() -> None:
+    ours = [fake("a", 1000, 80.0, setting="penalty=5.0 task.pretrained=true train.lr=0.001 model=resnet18")]
+    (row,) = rows(ours, [number(79.0, setting="penalty=5 task.pretrained=True train.lr=1e-3 model=resnet18")])
+    assert row.paper and row.paper.value == 79.0
+    (row,) = rows(ours, [number(79.0, setting="penalty=50 task.pretrained=True train.lr=1e-3 model=resnet18")])
+    assert row.paper is None
+
+
 def test_of_several_numbers_the_methods_own_paper_counts() -> None:
     papers = [
         number(99.5, paper="aaa", metric="top5"),
