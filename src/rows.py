@@ -172,7 +172,7 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in {r["id"]: r for r in records}.values():
         seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
-        groups.setdefault((each["task"], each["method"], each["setting"], seedless), []).append(each)
+        groups.setdefault((each["task"], each["method"], spelled(each["setting"]), seedless), []).append(each)
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:

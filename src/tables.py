@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from src import config
-from src.rows import CERTAINTY, MIB, Row
+from src.rows import CERTAINTY, MIB, Row, spelled
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
         cells = []
         for part in parts:
             usual = config.load([f"task={part[0].task}", f"quant={method}"])["setting"]
-            row = next((row for row in part if (row.method, row.setting) == (method, usual)), None)
+            row = next((row for row in part if row.method == method and spelled(row.setting) == spelled(usual)), None)
             about = ", ".join([f"{row.size / MIB:.3f} MiB", *usual.split()]) if row else ""
             cells.append(f"{row.value:.4g} ({about})" if row else "")
         if any(cells):

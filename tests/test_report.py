@@ -96,6 +96,11 @@ def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:
     assert [row.values for row in table] == [[80.0], [50.0]]
 
 
+def test_seeds_are_together_however_their_setting_is_spelled() -> None:
+    table = rows([fake("a", 1000, 80.0, setting="penalty=1.0"), fake("a", 1000, 82.0, 1, setting="penalty=1")])
+    assert [row.values for row in table] == [[80.0, 82.0]]
+
+
 def test_an_option_that_came_later_and_is_off_does_not_part_seeds() -> None:
     later = fake("a", 1000, 81.0, 1)
     later["config"]["quant"] = later["config"]["quant"] | {"layers": None}
@@ -127,7 +132,7 @@ def test_a_cell_is_compared_with_its_own_number() -> None:
 
 
 def test_settings_that_are_the_same_compare_however_they_are_spelled() -> None:
-    ours = [fake("a", 1000, 80.0, setting="penalty=5.0 task.pretrained=true train.lr=0.001 model=resnet18")]
+    ours = [fake("lsq", 1000, 80.0, setting="penalty=5.0 task.pretrained=true train.lr=0.001 model=resnet18")]
     (row,) = rows(ours, [number(79.0, setting="penalty=5 task.pretrained=True train.lr=1e-3 model=resnet18")])
     assert row.paper and row.paper.value == 79.0
     (row,) = rows(ours, [number(79.0, setting="penalty=50 task.pretrained=True train.lr=1e-3 model=resnet18")])
