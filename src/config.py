@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
@@ -99,6 +100,8 @@ def check(words: Sequence[str]) -> None:
     for override in overrides:
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise BitfrontError(f"'{override.input_line}' adds or deletes a key; only existing keys can be set")
+        if override.is_sweep_override() and (names(key := override.key_or_group, *SWEEP) or key == "trainer.devices"):
+            raise BitfrontError(f"{key} is the same for all cells of a sweep; give it one value")
         if override.key_or_group in GROUPS:
             chosen[override.key_or_group] = _choices(override)
     for choice in itertools.product(*chosen.values()):
@@ -116,7 +119,12 @@ def check(words: Sequence[str]) -> None:
 
 def sweeps(words: Sequence[str]) -> bool:
     """Whether a command line is a sweep: by its flag, or because it names a cluster or a sweeper."""
-    return any(word in ("-m", "--multirun") or word.startswith(tuple(f"{g}" for g in SWEEP)) for word in words)
+    return any(word in ("-m", "--multirun") or word.partition("=")[0] in SWEEP for word in words)
+
+
+def names(word: str, *keys: str) -> bool:
+    """Whether an override is of one of these top-level keys or groups: ``trainer.devices=2`` is of ``trainer``."""
+    return re.split(r"[=./]", word, maxsplit=1)[0] in keys
 
 
 def parse(words: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +218,8 @@ def _choices(override: Override) -> list[str]:
 
 def _check_key(config: DictConfig, override: Override, method: str, overrides: list[Override]) -> None:
     key = override.key_or_group
+    if names(key, "sweeper") and not key.startswith("sweeper=") and OmegaConf.select(config, key) is None:
+        raise BitfrontError(f"{key} is an option of a search; add sweeper=optuna")
     known = [k for k in _keys(config) if not k.startswith("hydra")]
     if key not in known:
         short = [k for k in known if "." not in k and not OmegaConf.is_config(config[k])]
@@ -223,6 +233,9 @@ def _check_key(config: DictConfig, override: Override, method: str, overrides: l
             "with it and give init_from=<its artifact>; quant.sft=true fine-tunes"
         )
     default = OmegaConf.select(config, key)
+    interval = override.value()
+    if isinstance(interval, IntervalSweep) and type(default) is not type(interval.start):
+        raise BitfrontError(f"{key} takes no such interval; whole numbers take int(interval(2,8)), words a list: a,b,c")
     if _shared().get(key, key) is None:  # null in config.yaml: null or a word
         default = None
     for value in _values(override):

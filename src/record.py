@@ -24,6 +24,7 @@ from typing import Any
 
 from src.errors import BitfrontError, BusyError
 
+JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
 SCHEMA = "bitfront/record/1"
 ARTIFACT, RECORD, CHECKPOINT, BLOCKS = "model.safetensors", "record.json", "last.ckpt", "blocks"
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "hydra-core", "torchmetrics")
@@ -96,21 +97,23 @@ class Run:
                 ) from None
             try:
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                job = f", job {os.environ[JOB]}" if JOB in os.environ else ""
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
                 lock.flush()
             except OSError as error:
                 raise self._unwritable(error) from None
             yield
 
-    def held(self) -> bool:
-        """Whether a process holds the directory."""
+    def held(self, job: str = "") -> bool:
+        """Whether a process holds the directory; if a job is named, whether one of that job does."""
         try:
             with open(self.lock) as lock:
+                about = lock.read()
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:
-            return True
+            return not job or about.endswith(f", job {job}")
         return False
 
     def write(self, record: dict[str, Any]) -> None:

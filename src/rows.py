@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ class Published:
     certainty: str
     source: str
     note: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is of another thing, of quantized activations, say; the note tells."""
+        return self.note.startswith("differs: ")
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the number in tables."""
+        return CERTAINTY[self.certainty] + "≠" * self.differs
 
 
 @dataclass
@@ -169,10 +179,10 @@ class Row:
 
 def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) -> list[Row]:
     """Records grouped over seeds, sorted by task and size, with published numbers, and the best marked."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for each in {r["id"]: r for r in records}.values():
         seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
-        groups.setdefault((each["task"], each["method"], spelled(each["setting"]), seedless), []).append(each)
+        groups.setdefault((each["task"], each["method"], seedless), []).append(each)
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
@@ -185,20 +195,23 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
 
 
 def spelled(setting: str) -> str:
-    """A setting with one spelling for what is the same: ``penalty=5.0`` and ``penalty=5``, ``True`` and ``true``."""
+    """A setting with one spelling for what is the same: ``a=2 b=5.0 c=True`` and ``c=true b=5 a=2``."""
 
-    def word(match: re.Match[str]) -> str:
-        text = match[0].lower()
-        return text if text in ("true", "false") else f"{float(text):g}"
+    def word(text: str) -> str:
+        key, _, value = text.replace(" ", "").partition("=")
+        if re.fullmatch(r"[-+]?\d+\.?\d*(e[-+]?\d+)?", value, re.IGNORECASE):
+            value = f"{float(value):g}"
+        return f"{key}={value.lower() if value in ('True', 'False') else value}"
 
-    return re.sub(r"(?<==)(true|false|[-+]?\d+\.?\d*(e[-+]?\d+)?)(?=\s|$)", word, setting, flags=re.IGNORECASE)
+    return " ".join(sorted(map(word, re.split(r" (?=[\w.]+=)", setting)))) if setting else ""
 
 
 def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:
-    """What we measure, too: the primary metric first, there the method's own paper, there what is most certain."""
+    """What we measure, too: the primary metric first, of the same thing, by the method's authors, the most certain."""
     found = [p for p in papers if p.metric in row.records[0]["metrics"]["test"]]
     sure = list(CERTAINTY).index
-    return sorted(found, key=lambda p: (p.metric != row.metric, p.paper != row.method, sure(p.certainty), p.paper))
+    own = row.method
+    return sorted(found, key=lambda p: (p.metric != row.metric, p.differs, p.paper != own, sure(p.certainty), p.paper))
 
 
 def _mark(table: Sequence[Row]) -> None:
@@ -208,7 +221,7 @@ def _mark(table: Sequence[Row]) -> None:
         return row.value if row.higher_is_better else -row.value
 
     front: dict[str, Row] = {}
-    for row in sorted((row for row in table if not isnan(row.value)), key=lambda row: (row.size, -goodness(row))):
+    for row in sorted((row for row in table if isfinite(row.value)), key=lambda row: (row.size, -goodness(row))):
         last = front.get(row.task)
         row.best = last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
         if row.best:

@@ -83,7 +83,7 @@ def run_cell(overrides: list[str], nested: bool = False) -> dict[str, Any]:
                 tracking.mirror(cell["wandb"], finished)
         return finished
     if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
-        raise BitfrontError("calibration is for one process; run this cell without torchrun")
+        raise BitfrontError("calibration is for one process; run this cell without torchrun, with trainer.devices=1")
     if rank() > 0:
         return _execute(cell, overrides, start, run)
     with run.locked(wait=nested):

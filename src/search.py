@@ -3,12 +3,13 @@
     python -m src.run -m task=vit quant=diffq penalty='tag(log,interval(0.1,50))' group_size=4,8,16 sweeper=optuna
 
 Two objectives, the size of the file and the metric on the validation split; the test split is only shown. Trials are
-cells like all others, and the sampler is seeded, so that an interrupted search, run again, passes through the finished
-cells to where it was.
+cells like all others, and the sampler is seeded and asked for a batch at a time on any cluster, so that an interrupted
+search, run again, passes through the finished cells to where it was.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ MIB = 2**20
 
 
 def search(sweep: Sweep) -> list[Cell]:
-    """Run trials, ``cluster.workers`` at a time, and print the Pareto front.
+    """Run trials, ``sweeper.batch`` at a time, and print the Pareto front.
 
     Args:
         sweep: its swept words are the space.
@@ -50,15 +51,15 @@ def search(sweep: Sweep) -> list[Cell]:
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     cells: dict[int, Cell] = {}
     while len(cells) < settings.trials:
-        count = min(sweep.config.cluster.workers, settings.trials - len(cells))
+        count = min(settings.batch, settings.trials - len(cells))
         trials = [study.ask(space) for _ in range(count)]
         batch = {trial.number: Cell([*fixed, *_words(trial.params)]) for trial in trials}
         sweep.complete(list({tuple(cell.words): cell for cell in batch.values()}.values()))
         for number, cell in batch.items():
             record = cell.record()
-            study.tell(
-                number, objectives(record) if record else None, TrialState.COMPLETE if record else TrialState.FAIL
-            )
+            values = objectives(record) if record else [math.nan]
+            fine = all(map(math.isfinite, values))
+            study.tell(number, values if fine else None, TrialState.COMPLETE if fine else TrialState.FAIL)
         cells |= batch
     show([cells[trial.number] for trial in study.best_trials])
     return list(cells.values())

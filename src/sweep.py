@@ -31,10 +31,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from src import config, record
@@ -142,18 +143,25 @@ class Sweep:
         loader = GlobalHydra.instance().config_loader()
         parsed = dict(zip(words, OverridesParser.create(config_loader=loader).parse_overrides([*words]), strict=True))
         own = (*config.SWEEP, "hydra")
-        shared = [word for word, o in parsed.items() if _is(o, *own, "root", "trainer") and not o.is_sweep_override()]
-        self.overrides = {word: o for word, o in parsed.items() if not _is(o, *own)}
-        self.config: DictConfig = loader.load_configuration("config", shared, RunMode.MULTIRUN)
-        self.place, self.launched = [word for word, o in parsed.items() if _is(o, "cluster")], 0
-        tasks = self.config.hydra.launcher.get("tasks_per_node", 1)
-        if self.config.trainer.devices != tasks:
+        single = [word for word, o in parsed.items() if not o.is_sweep_override()]
+        shared = [word for word in single if config.names(word, *own, "root", "trainer")]
+        self.overrides = {word: o for word, o in parsed.items() if not config.names(word, *own)}
+        try:
+            self.config: DictConfig = loader.load_configuration("config", shared, RunMode.MULTIRUN)
+            launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BitfrontError(f"{_first_line(error)}; hydra.launcher.* are options of the cluster= chosen") from None
+        assert isinstance(launcher, dict)
+        if self.config.cluster.workers < 1:
+            raise BitfrontError(f"cluster.workers is positive, got {self.config.cluster.workers}")
+        self.place, self.launched = [word for word, o in parsed.items() if config.names(word, "cluster")], 0
+        if self.config.trainer.devices != launcher.get("tasks_per_node", 1):
             command = shlex.join([*(word for word in words if word not in self.place), "cluster=local_ddp"])
             raise BitfrontError(
                 "a sweep in one process cannot use several devices: each process would start the whole sweep again; "
                 f"run it in processes of their own: python -m src.run -m {command}"
             )
-        self.shown = "submitit_folder" not in self.config.hydra.launcher  # or the jobs print into files
+        self.shown = "submitit_folder" not in launcher  # or the jobs print into files
         if not self.shown:
             CONSOLE.print(f"what the cells print: {Path(self.config.root) / '.submitit'}/<job>/*_log.*")
         HydraConfig.instance().set_config(self.config)
@@ -212,15 +220,18 @@ class Sweep:
         """Run what a dead process left, those cells one by one that may have killed it."""
         left = [cell for cell in cells if not cell.record()]
         suspects = [cell for cell in left if cell.begun(began)]
-        if not suspects:
-            raise BitfrontError(f"the cluster does not run cells: {_first_line(error)}") from None
-        if len(cells) == 1:
-            cells[0].busy, cells[0].error = (
-                False,
-                f"its process died, perhaps for want of memory ({_first_line(error)})",
-            )
-            return
         _wait(suspects)  # those beside it may go on
+        reason = ""
+        if not suspects:
+            reason = "the cluster does not run it"
+        elif not self.shown:
+            reason = "its job died, or waits in the cluster's queue still"
+        elif len(cells) == 1:
+            reason = "its process died, perhaps for want of memory"
+        if reason:
+            for cell in left:
+                cell.busy, cell.error = False, "" if cell.record() else f"{reason} ({_first_line(error)})"
+            return
         for cell in suspects:
             if not cell.record():
                 self._launch([cell])
@@ -231,11 +242,11 @@ class Sweep:
 
 def job(composed: DictConfig) -> tuple[bool, str]:
     """One cell, where the launcher put it: whether another process runs it, and why it failed."""
-    words = [word for word in HydraConfig.get().overrides.task if not word.startswith("cluster")]
+    words = [word for word in HydraConfig.get().overrides.task if not config.names(word, "cluster")]
     if os.getppid() == int(os.environ.get(PARENT, 0)):
         _enlist()
     try:
-        if not _join(config.load(words)):
+        if not _join(Cell(words)):
             return False, ""
         run_cell(words)
     except BusyError:
@@ -266,16 +277,29 @@ def _wait(cells: Sequence[Cell]) -> None:
         time.sleep(1)
 
 
-def _join(cell: dict[str, Any]) -> bool:
-    """Make this process one of those that submitit started for the cell; false if the cell needs only the first."""
+def _join(cell: Cell) -> bool:
+    """Make this process one of those that submitit started for the cell; false if it has nothing to do.
+
+    The others wait until the first, which alone learns whether the cell is finished or runs elsewhere, holds it: where
+    processes meet, they would wait for it in vain.
+    """
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return True
+    from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
-    processes = TorchDistributedEnvironment()
-    if not record.trains(cell):
-        return processes.rank == 0
-    if processes.world_size > 1:
+    if os.environ["SUBMITIT_EXECUTOR"] == "local":
+        _watch(lambda: _lives(int(os.environ[PARENT])))
+    processes, job = TorchDistributedEnvironment(), JobEnvironment()
+    os.environ[record.JOB] = job.job_id
+    if processes.rank > 0:
+        first = job.paths.folder / f"{job.job_id}_0_result.pkl"  # submitit's, when the first process is done
+        run = cell.run()
+        while not (begun := run is not None and run.held(job.job_id)) and not first.exists():
+            time.sleep(0.5)
+        if not begun or not record.trains(cell.config):
+            return False
+    if processes.world_size > 1 and record.trains(cell.config):
         processes.export(set_cuda_visible_devices=False, overwrite=True)
     return True
 
@@ -284,7 +308,8 @@ def _enlist() -> None:
     """Once in a worker of this machine: end with the sweep, however that ends, and take a GPU and a line of its own."""
     if any(thread.name == PARENT for thread in threading.enumerate()):
         return
-    threading.Thread(target=_end_with, args=(os.getppid(),), name=PARENT, daemon=True).start()
+    parent = os.getppid()
+    _watch(lambda: os.getppid() == parent)
     number = own_number(Path(os.environ[WORKERS]))
     if sys.stderr.isatty():
         os.environ["TQDM_POSITION"] = str(number)
@@ -317,15 +342,23 @@ def own_number(place: Path) -> int:
 _HELD: list[Any] = []
 
 
-def _end_with(parent: int, pause: float = 1.0, end: Callable[[int], Any] = os._exit) -> None:
-    while os.getppid() == parent:
+def _watch(alive: Callable[[], bool]) -> None:
+    """End this process when the sweep is gone, however that ended."""
+    threading.Thread(target=_end_unless, args=(alive,), name=PARENT, daemon=True).start()
+
+
+def _end_unless(alive: Callable[[], bool], pause: float = 1.0, end: Callable[[int], Any] = os._exit) -> None:
+    while alive():
         time.sleep(pause)
     end(1)
 
 
-def _is(override: Override, *names: str) -> bool:
-    key = override.key_or_group
-    return key.partition(".")[0].partition("/")[0] in names
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -59,7 +59,7 @@ def memory(row: Row) -> str:
 def paper_size(row: Row) -> str:
     """MiB with the certainty's mark."""
     p = row.paper_file
-    return f"{p.size / MIB:.4g}{CERTAINTY[p.certainty]}" if p and p.size else ""
+    return f"{p.size / MIB:.4g}{p.mark}" if p and p.size else ""
 
 
 def paper_metric(row: Row) -> str:
@@ -67,7 +67,7 @@ def paper_metric(row: Row) -> str:
     p = row.paper
     if p is None or p.value is None:
         return ""
-    return f"{number(p.value)}{CERTAINTY[p.certainty]}" + (f" {p.metric}" if p.metric != row.metric else "")
+    return f"{number(p.value)}{p.mark}" + (f" {p.metric}" if p.metric != row.metric else "")
 
 
 def difference(row: Row) -> str:
@@ -116,6 +116,8 @@ def notes(table: Sequence[Row]) -> list[str]:
     certainties = {p.certainty for row in table for p in (row.paper, row.paper_file) if p}
     meanings = {"computed": "computed by the paper's rule", "recalled": "recalled, not read", "unsure": "not certain"}
     marks = [f"{CERTAINTY[c]} {meaning}" for c, meaning in meanings.items() if c in certainties]
+    differ = any(p.differs for row in table for p in (row.paper, row.paper_file) if p)
+    marks += ["≠ of another network, or with quantized activations"] * differ
     return marks + ["! with code that git does not have"] * any(row.dirty for row in table)
 
 
@@ -161,6 +163,7 @@ TEX = {
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
     **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "†": r"$\dagger$", "‡": r"$\ddagger$", "*": r"$\ast$"},
+    "≠": r"$\neq$",
 }
 
 

@@ -132,8 +132,18 @@ def test_a_cell_is_compared_with_its_own_number() -> None:
 
 
 def test_settings_that_are_the_same_compare_however_they_are_spelled() -> None:
-    ours = [fake("lsq", 1000, 80.0, setting="penalty=5.0 task.pretrained=true train.lr=0.001 model=resnet18")]
-    (row,) = rows(ours, [number(79.0, setting="penalty=5 task.pretrained=True train.lr=1e-3 model=resnet18")])
+    setting = "penalty=5.0 task.pretrained=true quant.layers={a: {bits: 8}, b: {bits: 4}} train.lr=0.001 model=resnet18"
+    ours = [fake("lsq", 1000, 80.0, setting=setting)]
+    (row,) = rows(
+        ours,
+        [
+            number(
+                79.0,
+                setting="model=resnet18 quant.layers={a:{bits:8},b:{bits:4}} penalty=5 task.pretrained=True "
+                "train.lr=1e-3",
+            )
+        ],
+    )
     assert row.paper and row.paper.value == 79.0
     (row,) = rows(ours, [number(79.0, setting="penalty=50 task.pretrained=True train.lr=1e-3 model=resnet18")])
     assert row.paper is None

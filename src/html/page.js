@@ -138,6 +138,7 @@ function taskPage(task) {
   const runs = task.rows.reduce((sum, row) => sum + row.runs.length, 0);
   const certainties = new Set(task.papers.map((p) => p.certainty));
   const legend = ["★ not beaten in both size and metric", ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
+    task.papers.some(differs) && "≠ of another network, or with quantized activations",
     task.rows.some((row) => row.dirty) && "! with code that git does not have"].filter(Boolean);
   const update = async () => {
     const rows = task.rows.filter(fits);

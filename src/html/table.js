@@ -59,7 +59,8 @@ const ROWS = new Map(DATA.tasks.flatMap((task) => task.rows.flatMap((row) => {
 const arrow = (task) => (task.higher ? "↑" : "↓");
 const metric = (row) => show.metric(row.value) + (row.values.length > 1 && row.spread != null ? ` ± ${row.spread.toFixed(2)}` : "");
 const memory = (row) => (row.gpu_memory ? `${show.memory(row.gpu_memory)} GPU` : row.memory ? show.memory(row.memory) : "");
-const marked = (number, text) => text + DATA.certainty[number.certainty];
+const differs = (number) => number.note.startsWith("differs: ");
+const marked = (number, text) => text + DATA.certainty[number.certainty] + (differs(number) ? "≠" : "");
 const runLink = (id) => el("a", { href: `#run/${id}`, class: "run" }, id);
 const taskLink = (task) => `#${encodeURIComponent(task.name)}`;
 const NOTES = { computed: "computed by the paper's rule", recalled: "recalled, not read", unsure: "not certain" };
