@@ -61,7 +61,7 @@ def search(sweep: Sweep) -> list[Cell]:
             fine = all(map(math.isfinite, values))
             study.tell(number, values if fine else None, TrialState.COMPLETE if fine else TrialState.FAIL)
         cells |= batch
-    show([cells[trial.number] for trial in study.best_trials])
+    show([cells[trial.number] for trial in study.best_trials], fixed)
     return list(cells.values())
 
 
@@ -85,16 +85,18 @@ def distribution(override: Override) -> BaseDistribution:
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
-def show(front: Sequence[Cell]) -> None:
-    """Print the front, smallest file first."""
-    grid = Table(title="Pareto front", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("MiB", "valid", "test", "command"):
-        grid.add_column(heading, justify="left" if heading == "command" else "right", overflow="fold")
+def show(front: Sequence[Cell], fixed: Sequence[str]) -> None:
+    """Print the front, smallest file first; the words that all cells share only once."""
+    grid = Table(
+        title=f"Pareto front of {' '.join(fixed)}", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("MiB", "valid", "test", "found"):
+        grid.add_column(heading, justify="left" if heading == "found" else "right", overflow="fold")
     records = {tuple(cell.words): record for cell in front if (record := cell.record())}
     for words, record in sorted(records.items(), key=lambda item: item[1]["sizes"]["file"]):
         name, metrics = record["primary"]["name"], record["metrics"]
         values = (f"{metrics[split][name]:.4g}" for split in ("valid", "test"))
-        grid.add_row(f"{record['sizes']['file'] / MIB:.3f}", *values, " ".join(words))
+        grid.add_row(f"{record['sizes']['file'] / MIB:.3f}", *values, " ".join(words[len(fixed) :]))
     CONSOLE.print(grid)
 
 

@@ -247,7 +247,7 @@ def test_a_search_ends_in_a_front_and_is_the_same_again(root: Path) -> None:
     assert 3 <= len(records) <= 5
     points = {tuple(search.objectives(r)) for r in records}
     front = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-    shown = first.stdout.partition("Pareto front")[2].count("quant=diffq")
+    shown = first.stdout.partition("Pareto front")[2].count("penalty=")
     assert len(front) <= shown <= len(records)
     again = command("src.run", *words)
     assert again.stdout.partition("Pareto front")[2] == first.stdout.partition("Pareto front")[2]
