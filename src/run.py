@@ -75,24 +75,29 @@ def run_cell(overrides: list[str], nested: bool = False) -> dict[str, Any]:
     cell = config.load(overrides)
     start = start_of(cell, overrides)
     run = Run(directory(cell, start))
-    finished = run.finished()
-    if finished:
-        if not nested:
-            CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
-            if tracking.under_agent() and rank() == 0:
-                tracking.mirror(cell["wandb"], finished)
-        return finished
+    if finished := run.finished():
+        return _found(finished, cell, run, nested)
     if "sft" in cell["quant"] and (rank() > 0 or "RANK" in os.environ):
         raise BitfrontError("calibration is for one process; run this cell without torchrun, with trainer.devices=1")
     if rank() > 0:
         return _execute(cell, overrides, start, run)
     with run.locked(wait=nested):
+        if finished := run.finished():  # by another process in the meantime
+            return _found(finished, cell, run, nested)
         if run.checkpoint.is_file():
             CONSOLE.print(f"resuming '{run.path}' after its last finished epoch")
         elif run.blocks.is_dir():
             CONSOLE.print(f"resuming '{run.path}' after block {len(list(run.blocks.glob('[0-9]*.pt')))}")
-        finished = run.finished() or _execute(cell, overrides, start, run)
+        finished = _execute(cell, overrides, start, run)
     CONSOLE.print(summary(finished))
+    return finished
+
+
+def _found(finished: dict[str, Any], cell: dict[str, Any], run: Run, nested: bool) -> dict[str, Any]:
+    if not nested:
+        CONSOLE.print(f"{summary(finished)}\nfinished before; to run it again, delete {run.path}")
+        if tracking.under_agent() and rank() == 0:
+            tracking.mirror(cell["wandb"], finished)
     return finished
 
 
