@@ -218,7 +218,7 @@ def _choices(override: Override) -> list[str]:
 
 def _check_key(config: DictConfig, override: Override, method: str, overrides: list[Override]) -> None:
     key = override.key_or_group
-    if names(key, "sweeper") and not key.startswith("sweeper=") and OmegaConf.select(config, key) is None:
+    if names(key, "sweeper") and OmegaConf.select(config, key) is None:
         raise BitfrontError(f"{key} is an option of a search; add sweeper=optuna")
     known = [k for k in _keys(config) if not k.startswith("hydra")]
     if key not in known:
