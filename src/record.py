@@ -157,10 +157,10 @@ def sha256(path: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Code revision, versions and machine."""
+    """Code revision, versions and machine; dirty is code or configuration that the revision does not have."""
     return {
         "git": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", "../conf")),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, command
 
 from src import config, run
-from src.record import read, read_all, sha256
+from src.record import environment, read, read_all, sha256
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
 
@@ -267,3 +267,27 @@ def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
 def test_a_start_has_the_network_that_model_names() -> None:
     words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]
     assert run.float_start(config.load(words), words) == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]
+
+
+def test_code_and_configuration_make_a_run_dirty_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environment.__globals__, "__file__", str(tmp_path / "src" / "record.py"))
+    for name in ("src/a.py", "conf/a.yaml", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+
+    def dirty(name: str) -> bool:
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("b")
+        found = environment()["dirty"]
+        (tmp_path / name).unlink() if before is None else (tmp_path / name).write_text(before)
+        assert not environment()["dirty"]
+        return bool(found)
+
+    assert all(dirty(name) for name in ("src/a.py", "src/new.py", "conf/a.yaml", "conf/new.yaml"))
+    assert not any(dirty(name) for name in ("README.md", "tuning/record.json"))
