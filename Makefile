@@ -50,8 +50,8 @@ publish:  ## Copy the finished records below runs/ to results/records
 		run=$$(dirname "$$record"); mkdir -p "../results/records/$$(dirname "$$run")"; \
 		cp "$$record" "../results/records/$$run.json"; done
 
-results: .venv/installed  ## Regenerate tables, figures and README's block from results/records
-	$(PY) -m src.report results/records out=results readme=README.md
+results: .venv/installed  ## Regenerate tables, figures and the READMEs' blocks from results/records
+	$(PY) -m src.report results/records out=results readme=README.md,results/README.md
 
 wandb-dashboard: .venv/installed  ## Make views of runs/ in Weights & Biases; ARGS=dry_run=true prints them
 	$(PY) -m src.dashboard $(ARGS)

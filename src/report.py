@@ -17,7 +17,7 @@ Options:
     method=diffq,lsq           only these methods
     max_size=0.3               only files of at most so many MiB
     out=tables                 the folder to write to
-    readme=README.md           a file whose blocks between <!-- table:TASK --> and <!-- end --> are filled
+    readme=README.md,a.md      files whose blocks between <!-- table:TASK --> and <!-- end --> are filled
 
 Sizes are those of the files on disk, in MiB; a star marks rows that no other row beats in both size and metric.
 Published numbers are those of recipes/*/paper.csv.
@@ -70,8 +70,8 @@ def report(root: Path, chosen: dict[str, Any]) -> None:
         (out / f"{task}.csv").write_text(tables.as_csv(part))
         (out / f"{task}.md").write_text(tables.markdown(part))
         (out / f"{task}.tex").write_text(tables.latex(part))
-    if chosen["readme"]:
-        tables.fill(Path(chosen["readme"]), parts)
+    for text in filter(None, chosen["readme"].split(",")):
+        tables.fill(Path(text), parts)
     CONSOLE.file.flush()
     from src import figures, page  # after the tables: drawing takes seconds
 

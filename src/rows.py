@@ -100,6 +100,10 @@ class Row:
         """Of the primary metric."""
         return self.records[0]["primary"]["higher_is_better"]
 
+    def better(self, value: float) -> float:
+        """A value of the primary metric such that more is better."""
+        return value if self.higher_is_better else -value
+
     @cached_property
     def size(self) -> float:
         """Of the file in bytes, mean over seeds."""
@@ -129,6 +133,12 @@ class Row:
     def spread(self) -> float:
         """Standard deviation of the metric over seeds; 0 for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @cached_property
+    def valid(self) -> float | None:
+        """Mean of the primary metric on the validation split, by which settings may be chosen; None where unknown."""
+        values = [r["metrics"].get("valid", {}).get(self.metric) for r in self.records]
+        return None if None in values else statistics.mean(values)
 
     @cached_property
     def seconds(self) -> float:
@@ -218,7 +228,7 @@ def _mark(table: Sequence[Row]) -> None:
     """Mark each task's best rows: from the smallest up, those that are better than all before."""
 
     def goodness(row: Row) -> float:
-        return row.value if row.higher_is_better else -row.value
+        return row.better(row.value)
 
     front: dict[str, Row] = {}
     for row in sorted((row for row in table if isfinite(row.value)), key=lambda row: (row.size, -goodness(row))):

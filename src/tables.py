@@ -44,6 +44,11 @@ def metric(row: Row) -> str:
     return number(row.value) + (f" ± {row.spread:.2f}" if len(row.values) > 1 else "")
 
 
+def valid(row: Row) -> str:
+    """Mean over seeds."""
+    return "" if row.valid is None else number(row.valid)
+
+
 def minutes(row: Row) -> str:
     """Of calibration and training."""
     return f"{row.seconds / 60:.1f}" if row.seconds >= 60 else f"{row.seconds / 60:.2f}"
@@ -85,6 +90,7 @@ COLUMNS = (
     Column("ratio", lambda row: f"{row.ratio:.2f}"),
     Column("bits/w", lambda row: f"{row.bits:.2f}"),
     Column(METRIC, metric),
+    Column("valid", valid, narrow=False),
     Column("paper MiB", paper_size, paper=True, narrow=False),
     Column("paper", paper_metric, paper=True),
     Column("difference", difference, paper=True),
@@ -140,7 +146,7 @@ def as_csv(table: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     about = ("best", "dirty", "method", "setting", "bytes", "ratio", "bits_per_weight")
-    ours = ("metric", "mean", "std", "seeds", "seconds", "peak_memory", "peak_gpu_memory")
+    ours = ("metric", "mean", "std", "valid", "seeds", "seconds", "peak_memory", "peak_gpu_memory")
     kinds = ("paper_file", "paper_file_source", "paper_file_certainty", "paper_file_bytes")
     papers = (*kinds, "paper", "paper_source", "paper_certainty", "paper_metric", "paper_value", "difference")
     writer.writerow((*about, *ours, *papers, "runs"))
@@ -149,7 +155,8 @@ def as_csv(table: Sequence[Row]) -> str:
         writer.writerow(
             (
                 *(int(row.best), int(row.dirty), row.method, row.setting, row.size, row.ratio, row.bits),
-                *(row.metric, row.value, row.spread, len(row.values), row.seconds, row.memory, row.gpu_memory),
+                *(row.metric, row.value, row.spread, row.valid, len(row.values)),
+                *(row.seconds, row.memory, row.gpu_memory),
                 *((file.paper, file.source, file.certainty, file.size) if file else ("",) * 4),
                 *((p.paper, p.source, p.certainty, p.metric, p.value) if p else ("",) * 5),
                 *(row.difference, " ".join(row.runs)),
@@ -258,18 +265,53 @@ def matrix(tables: dict[str, list[Row]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
+    """Methods against file sizes as a Markdown table: of the files of at most so many MiB, the one with the best
+    validation metric, its test metric and setting; the best test metric of a size is bold.
+    """
+    methods = [method for method in config.options("quant") if any(row.method == method for row in table)]
+    chosen: dict[str, list[Row | None]] = {}
+    for method in methods:
+        own = [row for row in table if row.method == method and row.valid is not None]
+        fitting = [[row for row in own if row.size <= limit * MIB] for limit in limits]
+        chosen[method] = [max(rows, key=lambda r: r.better(r.valid or 0), default=None) for rows in fitting]
+    best = [
+        max((row.better(row.value) for row in column if row), default=None)
+        for column in zip(*chosen.values(), strict=True)
+    ]
+
+    def cell(row: Row | None, best: float | None) -> str:
+        if row is None:
+            return ""
+        text = f"**{metric(row)}**" if row.better(row.value) == best else metric(row)
+        return f"{text} ({row.setting})" if row.setting else text
+
+    headings = [f"test {table[0].metric} {arrow(table[0])}", *(f"≤ {limit:g} MiB" for limit in limits)]
+    lines = [_line(headings), "|" + "---|" * len(headings)]
+    lines += [_line([method, *map(cell, found, best)]) for method, found in chosen.items() if any(found)]
+    return "\n".join(lines) + "\n"
+
+
 def fill(path: Path, tables: dict[str, list[Row]]) -> None:
-    """Replace what is between ``<!-- table:TASK -->`` and ``<!-- end -->`` in a Markdown file by the task's table,
-    between ``<!-- overview:TASK,TASK -->`` and that by their overview, and after ``<!-- matrix: -->`` by the matrix.
+    """Replace the blocks of a Markdown file, each until ``<!-- end -->``; those of tasks without rows stay.
+
+    ``<!-- table:TASK -->``             the task's rows
+    ``<!-- sizes:TASK 0.1,0.2 -->``     methods against the largest size that a file may have, in MiB
+    ``<!-- overview:TASK,TASK -->``     methods against tasks
+    ``<!-- matrix: -->``                how many runs each cell has
     """
 
     def block(match: re.Match[str]) -> str:
         tasks = [task for task in match[3].split(",") if task]
         if not all(task in tables for task in tasks):
             return match[0]
-        made = {"overview": overview, "matrix": lambda tables, _: matrix(tables)}
-        make = made.get(match[2], lambda tables, tasks: markdown(tables[tasks[0]], narrow=True))
-        return f"{match[1]}\n{make(tables, tasks)}{match[4]}"
+        make: dict[str, Callable[[], str]] = {
+            "table": lambda: markdown(tables[tasks[0]], narrow=True),
+            "sizes": lambda: at_most(tables[tasks[0]], [float(limit) for limit in match[4].split(",")]),
+            "overview": lambda: overview(tables, tasks),
+            "matrix": lambda: matrix(tables),
+        }
+        return f"{match[1]}\n{make[match[2]]()}{match[5]}"
 
-    pattern = r"(<!-- (table|overview|matrix):([\w,]*) -->).*?(<!-- end -->)"
+    pattern = r"(<!-- (table|sizes|overview|matrix):([\w,]*) ?([\d.,]*) -->).*?(<!-- end -->)"
     path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))

@@ -245,6 +245,37 @@ def test_the_overview_has_the_cells_without_options(tmp_path: Path) -> None:
     assert "60" not in text and "| gptq |" not in text and "old" not in text and "kept" in text
 
 
+def test_of_files_that_fit_the_one_with_the_best_validation_metric_is_shown(tmp_path: Path) -> None:
+    def run(method: str, mib: float, value: float, valid: float, seed: int = 0) -> dict[str, Any]:
+        metrics = {"test": {"top1": value}, "valid": {"top1": valid}}
+        return fake(method, mib * MIB, value, seed, metrics=metrics)
+
+    runs = [run("rtn", 1, 80.0, 81.0), run("rtn", 2, 95.0, 70.0), run("lsq", 1.5, 84.0, 90.0), run("float", 9, 90, 90)]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- sizes:vit 1.2,2,9.5 -->\nold\n<!-- end -->\n")
+    fill(page, {"vit": rows([*runs, run("lsq", 1.5, 86.0, 90.0, 1)])})
+    assert page.read_text().splitlines()[1:-1] == [
+        "| test top1 ↑ | ≤ 1.2 MiB | ≤ 2 MiB | ≤ 9.5 MiB |",
+        "|---|---|---|---|",
+        "| float |  |  | **90.00** (x=9437184) |",
+        f"| lsq |  | **85.00 ± 1.41** (x={1.5 * MIB}) | 85.00 ± 1.41 (x={1.5 * MIB}) |",
+        "| rtn | **80.00** (x=1048576) | 80.00 (x=1048576) | 80.00 (x=1048576) |",
+    ]
+
+
+def test_where_less_is_better_the_least_is_bold(tmp_path: Path) -> None:
+    def run(method: str, size: int, value: float) -> dict[str, Any]:
+        metrics = {"test": {"wer": value}, "valid": {"wer": value}}
+        return fake(
+            method, size, 0, primary={"name": "wer", "higher_is_better": False, "value": value}, metrics=metrics
+        )
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- sizes:vit 1 -->\n<!-- end -->\n")
+    fill(page, {"vit": rows([run("lsq", 10, 5.0), run("lsq", 20, 4.0), run("rtn", 10, 6.0)])})
+    assert "| lsq | **4** (x=20) |\n| rtn | 6 (x=10) |\n" in page.read_text()
+
+
 def test_the_matrix_counts_runs_of_every_cell_and_names_gpus(tmp_path: Path) -> None:
     runs = [fake("rtn", 10, 1.0), fake("rtn", 10, 2.0, 1), fake("rtn", 20, 2.0), fake("lsq", 5, 1.0, device="H100")]
     page = tmp_path / "README.md"
@@ -260,11 +291,15 @@ def test_the_matrix_counts_runs_of_every_cell_and_names_gpus(tmp_path: Path) -> 
 
 
 def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text((REPOSITORY / "README.md").read_text())
-    result = command("src.report", str(RECORDS), f"out={tmp_path / 'out'}", f"readme={page}")
+    originals = [REPOSITORY / "README.md", REPOSITORY / "results" / "README.md"]
+    copies = [tmp_path / "README.md", tmp_path / "results.md"]
+    for original, copy in zip(originals, copies, strict=True):
+        copy.write_text(original.read_text())
+    readme = ",".join(map(str, copies))
+    result = command("src.report", str(RECORDS), f"out={tmp_path / 'out'}", f"readme={readme}")
     assert result.returncode == 0, result.stderr
-    assert page.read_text() == (REPOSITORY / "README.md").read_text()
+    for original, copy in zip(originals, copies, strict=True):
+        assert copy.read_text() == original.read_text()
     made = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".csv", ".md", ".tex", ".svg")]
     assert {path.stem for path in made} >= {"vit", "vit_bits", "vit_layers"}
     for path in made:  # tables and vector figures, of every task
