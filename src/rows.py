@@ -69,11 +69,13 @@ class Row:
         records: its runs, by seed.
         papers: published numbers of this cell, the closest first; their metrics are among the row's.
         best: not beaten in both size and metric by any other row of its task.
+        shared: the words of its setting about network, data or trainer that all rows of its task have.
     """
 
     records: list[dict[str, Any]]
     papers: list[Published] = field(default_factory=list)
     best: bool = False
+    shared: frozenset[str] = frozenset()
 
     @cached_property
     def task(self) -> str:
@@ -89,6 +91,11 @@ class Row:
     def setting(self) -> str:
         """As in the record, but a start given by its path is the run's directory."""
         return re.sub(r"(init_from=)\S*?([^/\s]+)/[^/\s]+(?!\S)", r"\1\2", self.records[0]["setting"])
+
+    @property
+    def own_setting(self) -> str:
+        """The setting without what all rows of its task share."""
+        return " ".join(word for word in words(self.setting) if word not in self.shared)
 
     @cached_property
     def metric(self) -> str:
@@ -201,7 +208,14 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
         row.papers = _comparable(row, cells.get((row.task, row.method, spelled(row.records[0]["setting"])), []))
     table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
     _mark(table)
+    for task in {row.task for row in table}:
+        _share([row for row in table if row.task == task])
     return table
+
+
+def words(setting: str) -> list[str]:
+    """The options of a setting."""
+    return re.split(r" (?=[\w.]+=)", setting) if setting else []
 
 
 def spelled(setting: str) -> str:
@@ -213,7 +227,7 @@ def spelled(setting: str) -> str:
             value = f"{float(value):g}"
         return f"{key}={value.lower() if value in ('True', 'False') else value}"
 
-    return " ".join(sorted(map(word, re.split(r" (?=[\w.]+=)", setting)))) if setting else ""
+    return " ".join(sorted(map(word, words(setting))))
 
 
 def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:
@@ -222,6 +236,14 @@ def _comparable(row: Row, papers: Sequence[Published]) -> list[Published]:
     sure = list(CERTAINTY).index
     own = row.method
     return sorted(found, key=lambda p: (p.metric != row.metric, p.differs, p.paper != own, sure(p.certainty), p.paper))
+
+
+def _share(table: Sequence[Row]) -> None:
+    """Tell the rows of a task what they share, if there are several."""
+    common = frozenset.intersection(*(frozenset(words(row.setting)) for row in table))
+    if len(table) > 1:
+        for row in table:
+            row.shared = frozenset(word for word in common if re.match(r"trainer\.|task\.|model=", word))
 
 
 def _mark(table: Sequence[Row]) -> None:

@@ -85,7 +85,7 @@ SETTING, RUNS = "setting", "runs"
 COLUMNS = (
     Column("", lambda row: "*" * row.best + "!" * row.dirty, words=True),
     Column("method", lambda row: row.method, words=True),
-    Column(SETTING, lambda row: row.setting, words=True),
+    Column(SETTING, lambda row: row.own_setting, words=True),
     Column("MiB", lambda row: f"{row.size / MIB:.3f}"),
     Column("ratio", lambda row: f"{row.ratio:.2f}"),
     Column("bits/w", lambda row: f"{row.bits:.2f}"),
@@ -118,23 +118,27 @@ def arrow(row: Row) -> str:
 
 
 def notes(table: Sequence[Row]) -> list[str]:
-    """What the marks mean that this table has."""
+    """What the marks mean that this table has, and what its rows share."""
     certainties = {p.certainty for row in table for p in (row.paper, row.paper_file) if p}
     meanings = {"computed": "computed by the paper's rule", "recalled": "recalled, not read", "unsure": "not certain"}
     marks = [f"{CERTAINTY[c]} {meaning}" for c, meaning in meanings.items() if c in certainties]
     differ = any(p.differs for row in table for p in (row.paper, row.paper_file) if p)
     marks += ["≠ of another network, or with quantized activations"] * differ
-    return marks + ["! with code that git does not have"] * any(row.dirty for row in table)
+    marks += ["! with code that git does not have"] * any(row.dirty for row in table)
+    return marks + [f"all with {' '.join(sorted(table[0].shared))}"] * bool(table[0].shared)
 
 
 def markdown(table: Sequence[Row], narrow: bool = False) -> str:
-    """One task's rows as a Markdown table, with what its marks mean."""
+    """One task's rows as a Markdown table, with its notes."""
     chosen = columns(table, narrow)
     lines = [_line(headings(table, chosen)), "|" + "---|" * len(chosen)]
     lines += [_line([column.text(row) for column in chosen]) for row in table]
-    if found := notes(table):
-        lines += ["", "; ".join(found)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _noted(table)) + "\n"
+
+
+def _noted(table: Sequence[Row]) -> list[str]:
+    found = notes(table)
+    return ["", "; ".join(found)] if found else []
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -284,12 +288,12 @@ def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
         if row is None:
             return ""
         text = f"**{metric(row)}**" if row.better(row.value) == best else metric(row)
-        return f"{text} ({row.setting})" if row.setting else text
+        return f"{text} ({row.own_setting})" if row.own_setting else text
 
     headings = [f"test {table[0].metric} {arrow(table[0])}", *(f"≤ {limit:g} MiB" for limit in limits)]
     lines = [_line(headings), "|" + "---|" * len(headings)]
     lines += [_line([method, *map(cell, found, best)]) for method, found in chosen.items() if any(found)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _noted([row for found in chosen.values() for row in found if row])) + "\n"
 
 
 def fill(path: Path, tables: dict[str, list[Row]]) -> None:

@@ -19,7 +19,7 @@ from src.figures import draw
 from src.record import read_all
 from src.rows import MIB, Published, learned_bits, published, rows
 from src.rows import command as command_of
-from src.tables import fill
+from src.tables import fill, markdown
 
 RECORDS = REPOSITORY / "results" / "records"
 HEADER = "recipe,table,model,task,method,setting,metric,value,size,certainty,source,note\n"
@@ -105,6 +105,15 @@ def test_an_option_that_came_later_and_is_off_does_not_part_seeds() -> None:
     later = fake("a", 1000, 81.0, 1)
     later["config"]["quant"] = later["config"]["quant"] | {"layers": None}
     assert [row.values for row in rows([fake("a", 1000, 80.0), later])] == [[80.0, 81.0]]
+
+
+def test_what_all_rows_of_a_task_share_is_said_once() -> None:
+    common = "trainer.precision=bf16-mixed bits=2"
+    several = rows([fake(name, 10, 1.0, setting=f"{common} J={name}") for name in "ab"])
+    assert [row.own_setting for row in several] == ["bits=2 J=a", "bits=2 J=b"]
+    assert "\n\nall with trainer.precision=bf16-mixed\n" in markdown(several)
+    (single,) = rows([fake("a", 10, 1.0, setting=common)])
+    assert single.own_setting == common and "all with" not in markdown([single])
 
 
 def test_lower_can_be_better() -> None:
