@@ -8,11 +8,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
 
 from src import config
+from src.errors import BitfrontError
 from src.rows import CERTAINTY, MIB, Row, spelled
 
 
@@ -276,9 +278,9 @@ def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
     methods = [method for method in config.options("quant") if any(row.method == method for row in table)]
     chosen: dict[str, list[Row | None]] = {}
     for method in methods:
-        own = [row for row in table if row.method == method and row.valid is not None]
-        fitting = [[row for row in own if row.size <= limit * MIB] for limit in limits]
-        chosen[method] = [max(rows, key=lambda r: r.better(r.valid or 0), default=None) for rows in fitting]
+        own = [(row.better(row.valid), row) for row in table if row.method == method and row.valid is not None]
+        fitting = [[(good, row) for good, row in own if row.size <= limit * MIB and isfinite(good)] for limit in limits]
+        chosen[method] = [max(pairs, key=lambda pair: pair[0])[1] if pairs else None for pairs in fitting]
     best = [
         max((row.better(row.value) for row in column if row), default=None)
         for column in zip(*chosen.values(), strict=True)
@@ -303,6 +305,9 @@ def fill(path: Path, tables: dict[str, list[Row]]) -> None:
     ``<!-- sizes:TASK 0.1,0.2 -->``     methods against the largest size that a file may have, in MiB
     ``<!-- overview:TASK,TASK -->``     methods against tasks
     ``<!-- matrix: -->``                how many runs each cell has
+
+    Raises:
+        BitfrontError: a block names no task, or sizes that are no numbers.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -315,7 +320,13 @@ def fill(path: Path, tables: dict[str, list[Row]]) -> None:
             "overview": lambda: overview(tables, tasks),
             "matrix": lambda: matrix(tables),
         }
-        return f"{match[1]}\n{make[match[2]]()}{match[5]}"
+        try:
+            return f"{match[1]}\n{make[match[2]]()}{match[5]}"
+        except (IndexError, ValueError):
+            raise BitfrontError(
+                f"'{path}': '{match[1]}' should be like <!-- table:vit -->, <!-- sizes:vit 0.1,0.2 --> or "
+                "<!-- overview:vit,lm -->"
+            ) from None
 
     pattern = r"(<!-- (table|sizes|overview|matrix):([\w,]*) ?([\d.,]*) -->).*?(<!-- end -->)"
     path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))

@@ -260,6 +260,7 @@ def test_of_files_that_fit_the_one_with_the_best_validation_metric_is_shown(tmp_
         return fake(method, mib * MIB, value, seed, metrics=metrics)
 
     runs = [run("rtn", 1, 80.0, 81.0), run("rtn", 2, 95.0, 70.0), run("lsq", 1.5, 84.0, 90.0), run("float", 9, 90, 90)]
+    runs += [run("rtn", 0.5, 9.0, math.nan)]
     page = tmp_path / "page.md"
     page.write_text("<!-- sizes:vit 1.2,2,9.5 -->\nold\n<!-- end -->\n")
     fill(page, {"vit": rows([*runs, run("lsq", 1.5, 86.0, 90.0, 1)])})
@@ -270,6 +271,14 @@ def test_of_files_that_fit_the_one_with_the_best_validation_metric_is_shown(tmp_
         f"| lsq |  | **85.00 ± 1.41** (x={1.5 * MIB}) | 85.00 ± 1.41 (x={1.5 * MIB}) |",
         "| rtn | **80.00** (x=1048576) | 80.00 (x=1048576) | 80.00 (x=1048576) |",
     ]
+
+
+@pytest.mark.parametrize("block", ["table:", "sizes:vit", "sizes:vit 1,,2", "sizes: 1"])
+def test_a_block_that_lacks_something_is_named(tmp_path: Path, block: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- {block} -->\n<!-- end -->\n")
+    with pytest.raises(BitfrontError, match=rf"page\.md': '<!-- {block} -->' should be"):
+        fill(page, {"vit": rows([fake("a", 1000, 80.0)])})
 
 
 def test_where_less_is_better_the_least_is_bold(tmp_path: Path) -> None:
