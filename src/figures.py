@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-from src.rows import MIB, Published, Row, layer_losses, learned_bits
+from src import config
+from src.rows import MIB, Published, Row, front, layer_losses, learned_bits
 from src.tables import arrow
 
 STYLE: Any = {
@@ -38,22 +40,38 @@ def draw(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
 
 
 def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
-    """Metric against file size with the front of the best rows, and published numbers hollow, as PNG and SVG."""
+    """Metric against file size, a line through each method's own front, and published numbers hollow, as PNG and SVG.
+
+    Rows so much worse that the others could not be told apart lie on the edge, with their value.
+    """
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    front = [row for row in table if row.best]
-    axes.step([r.size / MIB for r in front], [r.value for r in front], where="post", color="0.75", zorder=0)
-    known = [(p.method, p.size / MIB, p.value) for p in papers if p.metric == table[0].metric and p.value and p.size]
-    for number, method in enumerate(sorted({r.method for r in table} | {method for method, *_ in known})):
-        look: dict[str, Any] = {"fmt": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
-        points = [row for row in table if row.method == method]
+    row = table[0]
+    known = [(p.method, p.size / MIB, p.value) for p in papers if p.metric == row.metric and p.value and p.size]
+    edge = min([_edge(table), *(row.better(value) for *_, value in known)])
+    usual = config.options("quant")  # which look the same in every figure
+    methods = {r.method for r in table} | {method for method, *_ in known}
+    for number, method in enumerate([*usual, *sorted(methods.difference(usual))]):
+        if method not in methods:
+            continue
+        marker, color = MARKERS[number % len(MARKERS)], f"C{number % 10}"
+        look: dict[str, Any] = {"fmt": marker, "color": color}
+        own = [row for row in table if row.method == method]
+        points = [row for row in own if row.better(row.value) >= edge]
         axes.errorbar(
             [row.size / MIB for row in points],
             [row.value for row in points],
             yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
             capsize=2,
-            label=method if points else None,
+            label=method if own else None,
             **look,
         )
+        line = front(points)
+        axes.plot([row.size / MIB for row in line], [row.value for row in line], color=color, linewidth=1, alpha=0.5)
+        for far in (row for row in own if row.better(row.value) < edge):
+            at = far.size / MIB, far.better(edge)
+            axes.plot(*at, marker=marker, color=color, clip_on=False, zorder=3)
+            text = f"{far.value:.3g}"
+            axes.annotate(text, at, (0, 7 if far.higher_is_better else -13), textcoords="offset points", ha="center")
         theirs = [(x, y) for name, x, y in known if name == method]
         axes.errorbar(
             [x for x, _ in theirs],
@@ -66,11 +84,23 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    row = table[0]
     axes.set(xlabel="file size, MiB", ylabel=f"test {row.metric} {arrow(row)}", title=row.task)
+    if isfinite(edge) and row.higher_is_better:
+        axes.set_ylim(bottom=edge)
+    elif isfinite(edge):
+        axes.set_ylim(top=-edge)
     axes.legend()
     figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
     _save(figure, stem)
+
+
+def _edge(table: Sequence[Row]) -> float:
+    """The goodness below which rows lie on the edge: minus infinity if there are none so bad."""
+    good = [row.better(row.value) for row in table if row.best]
+    if not good:
+        return -inf
+    edge = min(good) - max(2 * (max(good) - min(good)), 0.05 * abs(max(good)))
+    return edge if any(row.better(row.value) < edge for row in table) else -inf
 
 
 def over_layers(

@@ -207,9 +207,11 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
     for row in table:
         row.papers = _comparable(row, cells.get((row.task, row.method, spelled(row.records[0]["setting"])), []))
     table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
-    _mark(table)
     for task in {row.task for row in table}:
-        _share([row for row in table if row.task == task])
+        own = [row for row in table if row.task == task]
+        for row in front(own):
+            row.best = True
+        _share(own)
     return table
 
 
@@ -246,18 +248,14 @@ def _share(table: Sequence[Row]) -> None:
             row.shared = frozenset(word for word in common if re.match(r"trainer\.|task\.|model=", word))
 
 
-def _mark(table: Sequence[Row]) -> None:
-    """Mark each task's best rows: from the smallest up, those that are better than all before."""
-
-    def goodness(row: Row) -> float:
-        return row.better(row.value)
-
-    front: dict[str, Row] = {}
-    for row in sorted((row for row in table if isfinite(row.value)), key=lambda row: (row.size, -goodness(row))):
-        last = front.get(row.task)
-        row.best = last is None or goodness(row) > goodness(last) or (row.size, row.value) == (last.size, last.value)
-        if row.best:
-            front[row.task] = row
+def front(table: Iterable[Row]) -> list[Row]:
+    """The rows that no other one beats in both size and metric, from the smallest up; a diverged one is none."""
+    found: list[Row] = []
+    for row in sorted((r for r in table if isfinite(r.value)), key=lambda r: (r.size, -r.better(r.value))):
+        last = found[-1] if found else row
+        if row.better(row.value) > last.better(last.value) or (row.size, row.value) == (last.size, last.value):
+            found.append(row)
+    return found
 
 
 def published(folder: Path = RECIPES) -> list[Published]:

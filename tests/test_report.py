@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import subprocess
 import sys
 import time
@@ -44,6 +45,11 @@ def fake(method: str, size: float, value: float, seed: int = 0, **more: Any) -> 
         },
         "history": [{"epoch": 1, "train/loss": 1.0}],
     } | more  # fmt: skip
+
+
+def low(value: float) -> dict[str, Any]:
+    """Of which less is better."""
+    return {"primary": {"name": "top1", "higher_is_better": False, "value": value}}
 
 
 def number(value: float | None, **more: Any) -> Published:
@@ -117,8 +123,7 @@ def test_what_all_rows_of_a_task_share_is_said_once() -> None:
 
 
 def test_lower_can_be_better() -> None:
-    lower = {"primary": {"name": "wer", "higher_is_better": False, "value": 5.0}}
-    table = rows([fake("a", 10, 0, **lower), fake("b", 20, 0, **lower)])
+    table = rows([fake("a", 10, 0, **low(5.0)), fake("b", 20, 0, **low(5.0))])
     assert [r.best for r in table] == [True, False]
 
 
@@ -233,6 +238,17 @@ def test_figures_are_the_same_every_time(tmp_path: Path) -> None:
     )
     draw(rows(records, papers), papers, tmp_path / "x")
     assert all((tmp_path / name).read_bytes() == content for name, content in first.items())
+
+
+def test_rows_far_below_lie_on_the_edge_with_their_value(tmp_path: Path) -> None:
+    def ticks(table: list[Any]) -> set[str]:
+        draw(table, [], tmp_path / "x")
+        return set(re.findall(r">([\d.]+)</text>", (tmp_path / "x.svg").read_text()))
+
+    near = [fake("lsq", 1000, 80.0), fake("rtn", 1500, 79.0), fake("float", 4000, 81.0)]
+    assert "12.5" in ticks(rows([*near, fake("rtn", 1000, 12.5)]))
+    assert "20" not in ticks(rows([*near, fake("rtn", 1000, 12.5)]))
+    assert "813" in ticks(rows([fake("a", 1000, 0, **low(80.0)), fake("rtn", 1000, 0, **low(812.6))]))
 
 
 def test_readme_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
