@@ -53,29 +53,14 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     for number, method in enumerate([*usual, *sorted(methods.difference(usual))]):
         if method not in methods:
             continue
-        marker, color = MARKERS[number % len(MARKERS)], f"C{number % 10}"
-        look: dict[str, Any] = {"fmt": marker, "color": color}
-        own = [row for row in table if row.method == method]
-        points = [row for row in own if row.better(row.value) >= edge]
-        axes.errorbar(
-            [row.size / MIB for row in points],
-            [row.value for row in points],
-            yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
-            capsize=2,
-            label=method if own else None,
-            **look,
-        )
-        line = front(points)
-        axes.plot([row.size / MIB for row in line], [row.value for row in line], color=color, linewidth=1, alpha=0.5)
-        for far in (row for row in own if row.better(row.value) < edge):
-            at = far.size / MIB, far.better(edge)
-            axes.plot(*at, marker=marker, color=color, clip_on=False, zorder=3)
-            text = f"{far.value:.3g}"
-            axes.annotate(text, at, (0, 7 if far.higher_is_better else -13), textcoords="offset points", ha="center")
+        look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+        if own := [row for row in table if row.method == method]:
+            _measured(axes, own, edge, look)
         theirs = [(x, y) for name, x, y in known if name == method]
         axes.errorbar(
             [x for x, _ in theirs],
             [y for _, y in theirs],
+            linestyle="",
             markerfacecolor="none",
             label=f"{method}, published" if theirs else None,
             **look,
@@ -92,6 +77,27 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     axes.legend()
     figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
     _save(figure, stem)
+
+
+def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any]) -> None:
+    """A method's rows with their spread, a line through their front, and on the edge those that are worse."""
+    points = [row for row in rows if row.better(row.value) >= edge]
+    axes.errorbar(
+        [row.size / MIB for row in points],
+        [row.value for row in points],
+        yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
+        capsize=2,
+        linestyle="",
+        label=rows[0].method,
+        **look,
+    )
+    line = front(points)
+    sizes, values = [row.size / MIB for row in line], [row.value for row in line]
+    axes.plot(sizes, values, color=look["color"], linewidth=1, alpha=0.5)
+    for row in (row for row in rows if row.better(row.value) < edge):
+        at, offset = (row.size / MIB, row.better(edge)), (0, 7 if row.higher_is_better else -13)
+        axes.plot(*at, clip_on=False, zorder=3, **look)
+        axes.annotate(f"{row.value:.3g}", at, offset, textcoords="offset points", ha="center")
 
 
 def _edge(table: Sequence[Row]) -> float:
