@@ -158,6 +158,25 @@ def test_diffq_gradients() -> None:
     torch.testing.assert_close(w.grad, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_the_absolute_range_of_diffq_rounds_without_a_common_error() -> None:
+    """Weights around 0 with one outlier: with the range of the paper all of them err to one side."""
+    w = 0.05 * torch.randn(64, 64)
+    w[0, 0], w[0, 1] = 1.0, -0.7
+    mean = {}
+    for name in ("minmax", "absmax"):
+        quantizer = DiffQQuantizer(w, DiffQ(group_size=8, range=name))
+        nn.init.uniform_(quantizer.logits, -6, 0)  # 2 to 8 bits
+        packed = quantizer.encode(w)
+        errors = packed.decode() - w
+        mean[name] = errors.mean().abs().item() / errors.abs().mean().item()
+        assert errors.abs().max() <= 1.0 / 3 + 1e-6  # half a step of 2 bits
+    assert packed.lo.item() == -1.0 and packed.span.item() == 2.0
+    assert mean["absmax"] < 0.05 < 0.3 < mean["minmax"]
+    nn.init.constant_(quantizer.logits, quantizer.method.initial_logit())
+    noise = (quantizer.surrogate(w) - w).detach()
+    assert noise.std().item() == pytest.approx(0.5 * 2.0 / (2**8 - 1), rel=0.05)
+
+
 def test_diffq_widths_on_disk_are_rounded_and_extra_bits_only_count_there() -> None:
     w = torch.randn(16, 8)
     quantizer = DiffQQuantizer(w, DiffQ(group_size=8, extra_bits=2))
