@@ -341,6 +341,16 @@ def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
     assert all(not r["environment"]["dirty"] and not r["config"]["smoke"] for r in read_all(RECORDS))
 
 
+def test_numbers_in_the_prose_of_results_are_in_its_tables() -> None:
+    text = (REPOSITORY / "results" / "README.md").read_text()
+    tables = "".join(re.findall(r"<!-- \w+:.*?<!-- end -->", text, re.DOTALL))
+    tables += "".join(path.read_text() for path in (REPOSITORY / "results" / "benchmarks").glob("*.md"))
+    prose = re.sub(r"<!-- \w+:.*?<!-- end -->", "", text, flags=re.DOTALL)
+    numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", prose))
+    assert numbers
+    assert numbers <= set(re.findall(r"\d+\.\d+", tables)), "typed, or no longer so"
+
+
 def test_filters(tmp_path: Path) -> None:
     words = ("task=vit", "method=diffq", "max_size=0.15", f"out={tmp_path}")
     result = command("src.report", str(RECORDS), *words)

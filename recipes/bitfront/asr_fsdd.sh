@@ -8,4 +8,4 @@ python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=decoupleq 
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=decoupleq bits=2 group_size=64 seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=decoupleq bits=2 group_size=64 quant.sft=true seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=lsq bits=2,4 seed=0,1,2 "$@"
-python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=diffq penalty=1,3,10 seed=0,1,2 "$@"
+python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=diffq quant.range=minmax,absmax penalty=1,3,10 seed=0,1,2 "$@"
