@@ -105,7 +105,7 @@ def _edge(table: Sequence[Row]) -> float:
     good = [row.better(row.value) for row in table if row.best]
     if not good:
         return -inf
-    edge = min(good) - max(2 * (max(good) - min(good)), 0.05 * abs(max(good)))
+    edge = min(good) - max(4 * (max(good) - min(good)), 0.05 * abs(max(good)))
     return edge if any(row.better(row.value) < edge for row in table) else -inf
 
 
