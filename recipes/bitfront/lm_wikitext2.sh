@@ -7,3 +7,4 @@ python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=rtn,gp
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=ste bits=4 "$@"
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=lsq bits=2,4 "$@"
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=diffq penalty=0.1,0.3,1,3 "$@"
+python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=diffq quant.range=absmax penalty=0.3 "$@"
