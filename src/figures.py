@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from src import config
-from src.rows import MIB, Published, Row, front, layer_losses, learned_bits
+from src.rows import MIB, Published, Row, front, layer_losses, learned_bits, limit
 from src.tables import arrow
 
 STYLE: Any = {
@@ -47,7 +47,7 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     row = table[0]
     known = [(p.method, p.size / MIB, p.value) for p in papers if p.metric == row.metric and p.value and p.size]
-    edge = min([_edge(table), *(row.better(value) for *_, value in known)])
+    edge = limit(table, papers)
     usual = config.options("quant")  # which look the same in every figure
     methods = {r.method for r in table} | {method for method, *_ in known}
     for number, method in enumerate([*usual, *sorted(methods.difference(usual))]):
@@ -98,15 +98,6 @@ def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any])
         at, offset = (row.size / MIB, row.better(edge)), (0, 7 if row.higher_is_better else -13)
         axes.plot(*at, clip_on=False, zorder=3, **look)
         axes.annotate(f"{row.value:.3g}", at, offset, textcoords="offset points", ha="center")
-
-
-def _edge(table: Sequence[Row]) -> float:
-    """The goodness below which rows lie on the edge: minus infinity if there are none so bad."""
-    good = [row.better(row.value) for row in table if row.best]
-    if not good:
-        return -inf
-    edge = min(good) - max(4 * (max(good) - min(good)), 0.05 * abs(max(good)))
-    return edge if any(row.better(row.value) < edge for row in table) else -inf
 
 
 def over_layers(

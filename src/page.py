@@ -18,7 +18,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from src.rows import CERTAINTY, Published, Row, command
+from src.rows import CERTAINTY, Published, Row, command, limit
 
 SOURCES = Path(__file__).parent / "html"
 SCRIPTS = ("charts.js", "table.js", "run.js", "page.js")
@@ -52,6 +52,7 @@ def _task(table: Sequence[Row], papers: Sequence[Published]) -> dict[str, Any]:
         "name": first.task,
         "metric": first.metric,
         "higher": first.higher_is_better,
+        "limit": first.better(limit(table, papers)),
         "rows": [_row(row) for row in table],
         "papers": [asdict(p) for p in papers],
     }

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,25 @@ def front(table: Iterable[Row]) -> list[Row]:
         if row.better(row.value) > last.better(last.value) or (row.size, row.value) == (last.size, last.value):
             found.append(row)
     return found
+
+
+def limit(table: Sequence[Row], papers: Iterable[Published]) -> float:
+    """The goodness below which rows lie on a figure's edge, as the others could not be told apart beside them.
+
+    Such rows are below the front by more than eight times its spread, by 5 % at least, and below all published numbers;
+    if there are none, it is minus infinity.
+    """
+    values = [row.better(row.value) for row in table if isfinite(row.value)]
+    good = [row.better(row.value) for row in table if row.best]
+    if not good:
+        return -inf
+    best, worst = max(good), min(good)
+    theirs = [table[0].better(p.value) for p in papers if p.metric == table[0].metric and p.value and p.size]
+    lowest = min([worst - max(8 * (best - worst), 0.05 * abs(best)), *theirs])
+    if min(values) >= lowest:
+        return -inf
+    kept = min([value for value in values if value >= lowest] + theirs)
+    return kept - max(0.1 * (best - kept), 0.01 * abs(best))
 
 
 def published(folder: Path = RECIPES) -> list[Published]:

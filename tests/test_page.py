@@ -54,7 +54,10 @@ def records() -> list[dict[str, Any]]:
     diverged = json.loads(json.dumps(one)) | {"id": "9876543210", "setting": "bits=1", "task": "diverged"}
     diverged["primary"]["value"] = diverged["metrics"]["test"]["top1"] = math.nan
     diverged["history"] = [{"epoch": 1, "train/loss": math.nan}]
-    return [*found, strange, diverged]
+    far = [json.loads(json.dumps(one)) | {"id": f"{n}" * 10, "setting": f"bits={n}", "task": "far"} for n in (2, 3, 4)]
+    for each, bits, value in zip(far, (2, 3, 4), (12.5, 80.0, 81.0), strict=True):
+        each["config"]["quant"]["bits"], each["primary"]["value"] = bits, value
+    return [*found, strange, diverged, *far]
 
 
 @cache
@@ -264,6 +267,17 @@ def test_text_of_records_stays_text(page: Any) -> None:
     visit(page, "run/0123456789", "<script>")
     assert page.locator("main img, main script, main i").count() == 0 and page.title().startswith("decoupleq bits=3")
     assert no_sideways(page)
+
+
+@needs_browser
+def test_a_row_far_off_lies_on_the_edge_with_its_value(page: Any) -> None:
+    visit(page, "far", "far")
+    expect(page.locator(".point text")).to_have_text(["12.50"])
+    ticks = [float(text) for text in page.locator(".canvas").first.locator(".grid ~ .tick").all_text_contents()]
+    assert len([tick for tick in ticks if 70 < tick < 82]) > 2
+    page.get_by_role("searchbox").fill("bits=2")  # alone it is a point as any other
+    expect(page.locator(".point text")).to_have_count(0)
+    expect(page.locator(".point")).to_have_count(1)
 
 
 @needs_browser

@@ -128,7 +128,7 @@ function makeTip(node, tip) {
   };
 }
 
-/** Metric against size: points with spread, the front, published numbers hollow. */
+/** Metric against size: points with spread, those far off on the edge with their value, the front, published numbers hollow. */
 function scatter({ points, hollow, front, xlabel, ylabel, about }, width, hover) {
   const every = [...points, ...hollow];
   const height = Math.max(280, Math.min(440, width * 0.55));
@@ -150,7 +150,8 @@ function scatter({ points, hollow, front, xlabel, ylabel, about }, width, hover)
       onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); tell(p); hover.pin(); } } },
     still, svg("circle", { class: "target", cx: x(p.x), cy: y(p.y), r: 11 }),
     shape(p.look, { transform: `translate(${x(p.x)} ${y(p.y)})${p.best ? " scale(1.25)" : ""}`, stroke: p.look.color,
-      class: p.hollow ? "hollow" : "solid", fill: p.hollow ? null : p.look.color }));
+      class: p.hollow ? "hollow" : "solid", fill: p.hollow ? null : p.look.color }),
+    p.beyond && svg("text", { class: "tick", x: x(p.x), y: y(p.y) + (y(p.y) > height / 2 ? -9 : 18), "text-anchor": "middle" }, p.beyond));
     root.append(p.node);
   }
   const nearest = (event) => { // where points overlap, the one whose middle is closest

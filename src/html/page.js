@@ -64,7 +64,10 @@ function aboutPaper(p) {
 }
 
 function tradeoff(task, rows) {
-  const points = rows.filter((row) => row.value != null).map((row) => ({ x: row.size / MIB, y: row.value, spread: row.spread, look: LOOKS.get(row.method), best: row.best, row,
+  const within = (row) => task.limit == null || (task.higher ? row.value >= task.limit : row.value <= task.limit);
+  const finite = rows.filter((row) => row.value != null), stretch = !finite.some(within); // all that is left is far off
+  const place = (row) => (stretch || within(row) ? { y: row.value, spread: row.spread } : { y: task.limit, spread: 0, beyond: show.metric(row.value) });
+  const points = finite.map((row) => ({ x: row.size / MIB, ...place(row), look: LOOKS.get(row.method), best: row.best, row,
     run: row.runs[0], name: `${row.method} ${row.setting}: ${show.size(row.size)} MiB, ${metric(row)}` }));
   const known = task.papers.filter((p) => p.size && p.value != null && p.metric === task.metric && !filters.hidden.has(p.method));
   const hollow = known.map((p) => ({ x: p.size / MIB, y: p.value, look: LOOKS.get(p.method), hollow: true, p, name: `published, ${p.method} ${p.setting}` }));
