@@ -131,8 +131,6 @@ def float_start(cell: dict[str, Any], overrides: list[str]) -> list[str] | None:
     """The command line of the float cell that a cell starts from; None if it does not start from one."""
     if cell["init_from"] != "float":
         return None
-    if cell["names"]["quant"] == "float":
-        raise BitfrontError("quant=float cannot start from itself; give init_from=<artifact> or null")
     shared = ["task", "seed", "smoke", "root", "data_root", "wandb", "trainer"]
     shared += [knob for knob, _ in config.knobs("task", cell["names"]["task"])]
     words = [o for o in overrides if o.partition("=")[0].partition(".")[0] in shared]

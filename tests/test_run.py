@@ -181,7 +181,6 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
     [
         (("quant=rtn", "init_from=null"), "give init_from=float"),
         (("quant=rtn", "init_from=/nowhere/x"), "no such file"),
-        (("quant=float", "init_from=float"), "cannot start from itself"),
         (("quant=rtn", "bits=16", "init_from=null"), "1..15, got 16"),
         (("quant=gptq", "train.epochs=3"), "quant=gptq does not train, so train.epochs means nothing"),
         (("quant=gptq", "quant.layers=3"), "quant.layers takes a mapping"),
@@ -267,6 +266,9 @@ def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
 def test_a_start_has_the_network_that_model_names() -> None:
     words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]
     assert run.float_start(config.load(words), words) == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]
+    words = ["task=resnet", "quant=float", "init_from=float", "train.epochs=2", "train.lr=0.01"]  # trained on
+    start = run.float_start(config.load(words), words)
+    assert start == ["task=resnet", "quant=float"] and run.float_start(config.load(start), start) is None
 
 
 def test_code_and_configuration_make_a_run_dirty_and_nothing_else_does(
