@@ -16,7 +16,8 @@ from torch import distributed, nn
 from src import record
 from src.artifact import Artifact
 from src.errors import BitfrontError
-from src.quant.calibration import PostTraining, reestimate
+from src.quant.batchnorm import batch_norms, reestimate
+from src.quant.calibration import PostTraining
 from src.quant.core import Float, Method, QuantizedModel
 from src.quant.plan import Calibration
 from src.record import Run
@@ -109,10 +110,11 @@ def _run(
             with _measured("train", stages):
                 training = Training(model, task, method, run.checkpoint, log)
                 fit(training, cell["trainer"])
-                if isinstance(method, PostTraining) and method.reestimate_bn:
-                    reestimate(model.to(device), _calibration(task, method, model.network, device, run))
                 history = training.history
             stages["train"]["seconds"] = training.seconds  # of interrupted attempts too
+        if method.reestimate_bn:
+            with _measured("reestimate_bn", stages):
+                reestimate(model, task, device)
         model = model.cpu().eval()
         if rank > 0:  # process 0 alone saves and measures, so that the numbers do not depend on how many there are
             return {}
@@ -169,6 +171,8 @@ def _attached(
     network = task.model() if start else task.initial()
     if start:
         Artifact.load(start["artifact"]).load_into(network)
+    if method.reestimate_bn and not batch_norms(network):
+        raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
     if task.smoke:
         method = method.fitting(network)
     if not isinstance(method, PostTraining):

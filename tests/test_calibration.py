@@ -383,22 +383,6 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None
         method.attach(small()[0], replace(data, states=states))
 
 
-def test_batch_norms_can_be_measured_anew() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 3), nn.BatchNorm2d(4))
-    network.train()(torch.randn(64, 3, 8, 8))
-    network.eval()
-    data = Calibration([torch.randn(8, 3, 8, 8) for _ in range(4)], lambda net, batch: net(batch))
-    model = RTN(bits=2, min_size=0.001, reestimate_bn=True).attach(network, data).eval()
-    hidden = torch.stack([network[0](batch).mean((0, 2, 3)) for batch in data.batches]).mean(0)
-    torch.testing.assert_close(network[1].running_mean, hidden, rtol=1e-4, atol=1e-5)  # with the quantized weights
-    assert not network[1].training and network[1].momentum == 0.1
-    assert torch.isfinite(output(model, data)).all()
-    network, data = small()
-    with pytest.raises(BitfrontError, match="no batch norm"):
-        RTN(min_size=0.001, reestimate_bn=True).attach(network, data)
-
-
 def test_layers_can_have_settings_of_their_own() -> None:
     network, data = small()
     layers = {"1.*": {"bits": 3}, "1.2.*": {"bits": 8, "group_size": 4}}

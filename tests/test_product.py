@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from src import config
 from src.artifact import Artifact
 from src.cell import build_task
+from src.errors import BitfrontError
+from src.quant.batchnorm import reestimate
 from src.run import run_cell
 
 DEFAULTS = ("asr", "lm", "resnet", "separation", "vit")
@@ -34,15 +37,36 @@ def test_every_method_runs_on_the_task(task: str, tmp_path: Path) -> None:
         assert ("calibration" in record) == (method in ("rtn", "gptq", "decoupleq"))
 
 
-def test_batch_norms_are_measured_anew_after_fine_tuning(tmp_path: Path) -> None:
-    words = ["task=resnet", "quant=rtn", "quant.sft=true", "smoke=true", f"root={tmp_path}", "wandb=disabled"]
-    record = run_cell([*words, "quant.reestimate_bn=true", "quant.batch_size=64", "trainer.accelerator=cpu"])
+@pytest.mark.parametrize("method", [["rtn", "bits=2"], ["rtn", "quant.sft=true"], ["diffq"], ["lsq", "init_from=null"]])
+def test_batch_norms_are_measured_anew_with_the_weights_of_the_file(method: list[str], tmp_path: Path) -> None:
+    words = ["task=resnet", f"quant={method[0]}", *method[1:], "smoke=true", f"root={tmp_path}", "wandb=disabled"]
+    record = run_cell([*words, "quant.reestimate_bn=true", "trainer.accelerator=cpu"])
     task = build_task(config.load(words))
     network = task.model()
     Artifact.load(Path(record["artifact"])).load_into(network)
     (norm, *_), seen = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)], []
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    torch.manual_seed(task.seed)
     with torch.no_grad():
-        for batch in task.calibration(1024, 64):
+        for batch in islice(task.loader("train"), 64):  # augmented, as the batch norms knew it
             task.loss(network.eval(), batch)
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+    assert "reestimate_bn" in record["stages"] and norm.momentum == 0.1
+
+
+def test_batch_norms_measured_anew_do_not_depend_on_the_random_state() -> None:
+    task = build_task(config.load(["task=resnet", "smoke=true"]))
+    model, device = task.model(), torch.device("cpu")
+    reestimate(model, task, device)
+    first = {name: b.clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    reestimate(model, task, device)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, b in model.named_buffers():
+        torch.testing.assert_close(b, first[name], rtol=0, atol=0)
+
+
+def test_without_batch_norms_there_is_nothing_to_measure_anew(tmp_path: Path) -> None:
+    words = ["task=vit", "quant=ste", "quant.reestimate_bn=true", "smoke=true", f"root={tmp_path}", "wandb=disabled"]
+    with pytest.raises(BitfrontError, match="no batch norm"):
+        run_cell(words)

@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from src.artifact import write_atomically
@@ -52,7 +51,6 @@ class PostTraining(Method):
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
-        reestimate_bn: measure the statistics of batch norms anew, with the quantized weights; again after fine-tuning.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
             and the norms learn.
         sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
@@ -66,7 +64,6 @@ class PostTraining(Method):
     held_out: float = 0.125
     patience: int = 2
     block_lr: float = 1e-3
-    reestimate_bn: bool = False
     sft: bool = False
     sft_relative: bool = True
     after_training: ClassVar[bool] = True
@@ -143,14 +140,11 @@ def calibrate(
     """
     weights = method.eligible(network)
     method.check_shapes({name: w.shape for name, w in weights.items()})
-    check(not method.reestimate_bn or bool(_batch_norms(network)), "quant.reestimate_bn: the network has no batch norm")
     check(len(data.batches) > 0, "there is no calibration data")
     training = network.training
     network.eval()
-    with _no_fast_path():
+    with no_fast_path():
         packed, log = _walk(network, method, weights, data)
-    if method.reestimate_bn:
-        reestimate(network, data)
     network.train(training)
     return {name: packed[name] for name in weights}, log
 
@@ -273,7 +267,7 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Without stock attention's fast path, which packs padded batches into nested tensors."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -281,28 +275,6 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-
-
-@torch.no_grad()
-def reestimate(network: nn.Module, data: Calibration) -> None:
-    """Measure the batch norms anew, over all batches with equal weight; all else is as in evaluation."""
-    network.eval()
-    norms = _batch_norms(network)
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    with _no_fast_path():
-        for batch in data.batches:
-            data.run(network, batch)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
-        m.eval()
 
 
 def _save(folder: Path | None, n: int, state: dict[str, Any]) -> None:

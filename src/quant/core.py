@@ -249,6 +249,7 @@ class Method:
         min_size, exclude: as in ``eligible``.
         layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
             match, what comes later overrides.
+        reestimate_bn: measure the statistics of batch norms anew in the end, with the quantized weights.
         penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         trains: whether there is a training stage.
         after_training: whether it needs trained weights and calibration data.
@@ -258,6 +259,7 @@ class Method:
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] | None = None
+    reestimate_bn: bool | None = None
     penalty: float = field(default=0.0, init=False)
     trains: ClassVar[bool] = True
     after_training: ClassVar[bool] = False
