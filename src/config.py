@@ -247,6 +247,8 @@ def _check_type(key: str, default: Any, value: Any) -> None:
         if not (value is None or (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()))):
             raise BitfrontError(f"{key} takes a mapping like {{head.*: {{bits: 8}}}}, got '{value}'")
         return
+    if key == "quant.reestimate_bn":
+        default = bool(default)  # null where ids are older than the option
     if default is None:
         if value is not None and not isinstance(value, (str, QuotedString)):
             raise BitfrontError(f"{key} takes a word or null, got '{value}'")

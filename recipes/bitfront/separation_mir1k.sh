@@ -3,6 +3,7 @@
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=separation_mir1k trainer.precision=bf16-mixed quant=float "$@"
+python -m src.run -m task=separation_mir1k trainer.precision=bf16-mixed quant=float init_from=float train.epochs=3 train.lr=5e-4 "$@"
 python -m src.run -m task=separation_mir1k trainer.precision=bf16-mixed quant=rtn,gptq,decoupleq bits=2,4 "$@"
 python -m src.run -m task=separation_mir1k trainer.precision=bf16-mixed quant=ste bits=4 "$@"
 python -m src.run -m task=separation_mir1k trainer.precision=bf16-mixed quant=diffq penalty=0.01,0.1,1 "$@"

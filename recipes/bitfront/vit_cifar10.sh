@@ -7,3 +7,4 @@ python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=rtn,gpt
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=decoupleq bits=2 J=0 "$@"
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=lsq bits=4 "$@"
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=diffq penalty=0.1,1,10 "$@"
+python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=diffq quant.range=absmax penalty=10 "$@"
