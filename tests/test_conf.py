@@ -63,6 +63,7 @@ def test_good_command_lines_pass(words: list[str]) -> None:
         (["quant=rtn", "bits=4.5"], r"bits takes a whole number"),
         (["quant=rtn", "bits=true"], r"bits takes a whole number"),
         (["smoke=1"], r"smoke takes true or false"),
+        (["quant=lsq", "quant.reestimate_bn=yes"], r"quant.reestimate_bn takes true or false"),
         (["train.epochs=[1]"], r"train.epochs takes a whole number"),
         (["quant.exclude=a", "quant=rtn"], r"quant.exclude takes a list"),
         (["train=5"], r"train takes no value; set one of its keys"),
