@@ -118,16 +118,29 @@ def over_layers(
     if not networks:
         return
     width = min(max(6.0, 2 + 0.22 * max(map(len, networks))), 16.0)
+    legends = [_legend(lines) for lines in networks.values()]
+    width += max(columns * inches for columns, inches in legends)
     figure, grid = pyplot.subplots(
         len(networks), figsize=(width, 4.4 * len(networks)), layout="constrained", squeeze=False
     )
-    for axes, (names, lines) in zip(grid[:, 0], networks.items(), strict=True):
+    for axes, (names, lines), (columns, _) in zip(grid[:, 0], networks.items(), legends, strict=True):
         _lines(axes, lines)
         _name_layers(axes, names)
         axes.set(ylabel=label, yscale="log" if log else "linear", title=table[0].task)
-        if len(lines) <= 32:  # more have no room; the page names each line
-            axes.legend(fontsize=8, ncols=1 + (len(lines) - 1) // 16, loc="center left", bbox_to_anchor=(1, 0.5))
+        if columns:
+            axes.legend(fontsize=8, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, stem)
+
+
+def _label(row: Row, methods: Sequence[str]) -> str:
+    return f"{row.method} {row.setting}".strip() if len(methods) > 1 else row.setting
+
+
+def _legend(lines: Sequence[tuple[Row, dict[str, float]]]) -> tuple[int, float]:
+    """Columns of a legend, none for many lines (the page names each), and inches that one takes at 8 points."""
+    methods = sorted({row.method for row, _ in lines})
+    columns = 1 + (len(lines) - 1) // 16 if len(lines) <= 32 else 0
+    return columns, 0.5 + 0.065 * max(len(_label(row, methods)) for row, _ in lines)
 
 
 def _lines(axes: Any, lines: Sequence[tuple[Row, dict[str, float]]]) -> None:
@@ -143,7 +156,7 @@ def _lines(axes: Any, lines: Sequence[tuple[Row, dict[str, float]]]) -> None:
                 linewidth=1,
                 color=matplotlib.colormaps["viridis"](n / max(1, len(own)) * 0.9),
                 linestyle=("-", "--", ":", "-.")[methods.index(method) % 4],
-                label=f"{row.method} {row.setting}".strip() if len(methods) > 1 else row.setting,
+                label=_label(row, methods),
             )
 
 
