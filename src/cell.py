@@ -15,8 +15,8 @@ from torch import distributed, nn
 
 from src import record
 from src.artifact import Artifact
+from src.batchnorm import batch_norms, reestimate
 from src.errors import BitfrontError
-from src.quant.batchnorm import batch_norms, reestimate
 from src.quant.calibration import PostTraining
 from src.quant.core import Float, Method, QuantizedModel
 from src.quant.plan import Calibration

@@ -12,9 +12,9 @@ from torch import nn
 
 from src import config
 from src.artifact import Artifact
+from src.batchnorm import reestimate
 from src.cell import build_task
 from src.errors import BitfrontError
-from src.quant.batchnorm import reestimate
 from src.run import run_cell
 
 DEFAULTS = ("asr", "lm", "resnet", "separation", "vit")

@@ -32,7 +32,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(config.CONF / "quant" / f"{name}.yaml"), resolve=True)["quant"]
     method = get_class(node.pop("_target_"))()
-    useless = {"min_size", "exclude", "layers"} if isinstance(method, Float) else set()
+    useless = {"min_size", "exclude", "layers", "reestimate_bn"} if isinstance(method, Float) else set()
     assert node == {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name not in useless}
 
 

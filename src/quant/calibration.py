@@ -64,6 +64,7 @@ class PostTraining(Method):
     held_out: float = 0.125
     patience: int = 2
     block_lr: float = 1e-3
+    reestimate_bn: bool | None = False
     sft: bool = False
     sft_relative: bool = True
     after_training: ClassVar[bool] = True

@@ -51,7 +51,7 @@ def round_to_nearest(
 
 
 @dataclass(kw_only=True)
-class RTN(FixedBits, PostTraining):
+class RTN(PostTraining, FixedBits):
     """Round to nearest.
 
     Attributes:
