@@ -19,4 +19,6 @@ python -m src.run -m task=resnet_cifar10 quant=rtn bits=2,3,4 quant.reestimate_b
 python -m src.run -m task=resnet_cifar10 quant=gptq,decoupleq bits=2,3 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=ste,lsq bits=2 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=5 group_size=8,16 quant.reestimate_bn=true seed=0,1,2 "$@"
-python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=20 quant.reestimate_bn=true seed=0,1,2 "$@"
+python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=10,20 quant.reestimate_bn=true seed=0,1,2 "$@"
+python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=5 group_size=0 quant.reestimate_bn=true seed=0,1,2 "$@"
+python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=5 quant.noise=uniform quant.reestimate_bn=true seed=0,1,2 "$@"
