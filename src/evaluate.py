@@ -37,7 +37,9 @@ def main() -> None:
     recorded = record.read(Path(chosen["artifact"]).with_name(record.RECORD))
     if recorded and recorded["status"] == "finished" and not otherwise:
         same = all(metrics[split].items() >= values.items() for split, values in recorded["metrics"].items())
-        CONSOLE.print("the same as in its record" if same else f"its record says otherwise: {recorded['metrics']}")
+        place = recorded.get("device", "cpu")  # on another one, the last digits differ
+        says = f"its record, made on {place}, says otherwise: {recorded['metrics']}"
+        CONSOLE.print("the same as in its record" if same else says)
 
 
 def evaluate(

@@ -148,10 +148,15 @@ class Row:
         return None if None in values else statistics.mean(values)
 
     @cached_property
-    def seconds(self) -> float:
-        """Of calibration and training, mean over seeds; evaluation does not count."""
-        stages = ([s["seconds"] for name, s in r["stages"].items() if name != "evaluate"] for r in self.records)
-        return statistics.mean(map(sum, stages))
+    def seconds(self) -> dict[str, float]:
+        """Of calibration and training on each device, "cpu" or a GPU by its name, mean over the seeds that ran there;
+        evaluation does not count.
+        """
+        found: dict[str, list[float]] = {}
+        for r in self.records:
+            stages = [s["seconds"] for name, s in r["stages"].items() if name != "evaluate"]
+            found.setdefault(r.get("device", "cpu"), []).append(sum(stages))
+        return {device: statistics.mean(found[device]) for device in sorted(found, key=lambda d: (d != "cpu", d))}
 
     @cached_property
     def memory(self) -> float | None:

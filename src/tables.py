@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -52,8 +53,9 @@ def valid(row: Row) -> str:
 
 
 def minutes(row: Row) -> str:
-    """Of calibration and training."""
-    return f"{row.seconds / 60:.1f}" if row.seconds >= 60 else f"{row.seconds / 60:.2f}"
+    """Of calibration and training, by the kind of device."""
+    times = (f"{s / 60:.{1 if s >= 60 else 2}f}{' GPU' * (device != 'cpu')}" for device, s in row.seconds.items())
+    return ", ".join(times)
 
 
 def memory(row: Row) -> str:
@@ -119,14 +121,16 @@ def arrow(row: Row) -> str:
     return "↑" if row.higher_is_better else "↓"
 
 
-def notes(table: Sequence[Row]) -> list[str]:
-    """What the marks mean that this table has, and what its rows share."""
+def notes(table: Sequence[Row], timed: bool = True) -> list[str]:
+    """What the marks mean that this table has, which GPUs its times are of, and what its rows share."""
     certainties = {p.certainty for row in table for p in (row.paper, row.paper_file) if p}
     meanings = {"computed": "computed by the paper's rule", "recalled": "recalled, not read", "unsure": "not certain"}
     marks = [f"{CERTAINTY[c]} {meaning}" for c, meaning in meanings.items() if c in certainties]
     differ = any(p.differs for row in table for p in (row.paper, row.paper_file) if p)
     marks += ["≠ of another network, or with quantized activations"] * differ
     marks += ["! with code that git does not have"] * any(row.dirty for row in table)
+    gpus = sorted({device for row in table for device in row.seconds} - {"cpu"})
+    marks += [f"GPU: {', '.join(gpus)}"] * bool(timed and gpus)
     return marks + [f"all with {' '.join(sorted(table[0].shared))}"] * bool(table[0].shared)
 
 
@@ -135,11 +139,10 @@ def markdown(table: Sequence[Row], narrow: bool = False) -> str:
     chosen = columns(table, narrow)
     lines = [_line(headings(table, chosen)), "|" + "---|" * len(chosen)]
     lines += [_line([column.text(row) for column in chosen]) for row in table]
-    return "\n".join(lines + _noted(table)) + "\n"
+    return "\n".join(lines + _noted(notes(table))) + "\n"
 
 
-def _noted(table: Sequence[Row]) -> list[str]:
-    found = notes(table)
+def _noted(found: list[str]) -> list[str]:
     return ["", "; ".join(found)] if found else []
 
 
@@ -152,7 +155,7 @@ def as_csv(table: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     about = ("best", "dirty", "method", "setting", "bytes", "ratio", "bits_per_weight")
-    ours = ("metric", "mean", "std", "valid", "seeds", "seconds", "peak_memory", "peak_gpu_memory")
+    ours = ("metric", "mean", "std", "valid", "seeds", "devices", "seconds", "peak_memory", "peak_gpu_memory")
     kinds = ("paper_file", "paper_file_source", "paper_file_certainty", "paper_file_bytes")
     papers = (*kinds, "paper", "paper_source", "paper_certainty", "paper_metric", "paper_value", "difference")
     writer.writerow((*about, *ours, *papers, "runs"))
@@ -162,7 +165,8 @@ def as_csv(table: Sequence[Row]) -> str:
             (
                 *(int(row.best), int(row.dirty), row.method, row.setting, row.size, row.ratio, row.bits),
                 *(row.metric, row.value, row.spread, row.valid, len(row.values)),
-                *(row.seconds, row.memory, row.gpu_memory),
+                *("; ".join(map(str, column)) for column in (row.seconds.keys(), row.seconds.values())),
+                *(row.memory, row.gpu_memory),
                 *((file.paper, file.source, file.certainty, file.size) if file else ("",) * 4),
                 *((p.paper, p.source, p.certainty, p.metric, p.value) if p else ("",) * 5),
                 *(row.difference, " ".join(row.runs)),
@@ -258,15 +262,16 @@ def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
 
 
 def matrix(tables: dict[str, list[Row]]) -> str:
-    """Every task against every method as a Markdown table: how many runs there are, and GPUs that made them."""
+    """Every task against every method as a Markdown table: how many runs there are, and how many of them on GPUs."""
     methods = config.options("quant")
     lines = [_line(["", *methods]), "|" + "---|" * (1 + len(methods))]
     for task in config.options("task"):
         cells = []
         for method in methods:
             runs = [r for row in tables.get(task, []) if row.method == method for r in row.records]
-            gpus = sorted({r["device"] for r in runs if r.get("device", "cpu") != "cpu"})
-            cells.append(", ".join([str(len(runs)), *gpus]) if runs else "·")
+            gpus = Counter(r["device"] for r in runs if r.get("device", "cpu") != "cpu")
+            named = [f"{n} on {name}" for name, n in sorted(gpus.items())]
+            cells.append(", ".join([str(len(runs)), *named]) if runs else "·")
         lines.append(_line([task, *cells]))
     return "\n".join(lines) + "\n"
 
@@ -295,7 +300,8 @@ def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
     headings = [f"test {table[0].metric} {arrow(table[0])}", *(f"≤ {limit:g} MiB" for limit in limits)]
     lines = [_line(headings), "|" + "---|" * len(headings)]
     lines += [_line([method, *map(cell, found, best)]) for method, found in chosen.items() if any(found)]
-    return "\n".join(lines + _noted([row for found in chosen.values() for row in found if row])) + "\n"
+    rows = [row for found in chosen.values() for row in found if row]
+    return "\n".join(lines + _noted(notes(rows, timed=False))) + "\n"
 
 
 def fill(path: Path, tables: dict[str, list[Row]]) -> None:

@@ -73,7 +73,7 @@ def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
     assert [(r.method, r.best) for r in table] == [("a", True), ("c", False), ("b", True), ("d", False)]
     assert table[0].values == [82.0, 80.0] and table[0].value == 81 and table[0].spread == pytest.approx(2**0.5)
     assert (table[0].size, table[0].ratio, table[0].bits) == (1000, 4, 8)
-    assert table[0].seconds == 60 and table[0].memory == 2**31 and table[0].gpu_memory is None
+    assert table[0].seconds == {"cpu": 60} and table[0].memory == 2**31 and table[0].gpu_memory is None
 
 
 def test_the_front_is_what_no_other_row_beats() -> None:
@@ -319,7 +319,7 @@ def test_the_matrix_counts_runs_of_every_cell_and_names_gpus(tmp_path: Path) -> 
     methods = page.read_text().splitlines()[2].strip("| ").split(" | ")
     assert dict(zip(methods, lines["vit"][1:], strict=True)) == dict.fromkeys(methods, "·") | {
         "rtn": "3",
-        "lsq": "1, H100",
+        "lsq": "1, 1 on H100",
     }
     assert set(lines["lm"][1:]) == {"·"}
 

@@ -62,6 +62,19 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
     assert "| 0.03 |  |" in markdown(rows([fake("a", 1000, 80.0, stages={"train": {"seconds": 1.5}})]))
 
 
+def test_times_are_by_device() -> None:
+    def run(seed: int, seconds: float, **device: str) -> dict[str, Any]:
+        stages = {"train": {"seconds": seconds}, "evaluate": {"seconds": 9.0}}
+        return fake("a", 1000, 80.0, seed, stages=stages, **device)
+
+    (row,) = rows([run(0, 30.0, device="H100"), run(1, 600.0, device="cpu"), run(2, 300.0)])
+    assert row.seconds == {"cpu": 450.0, "H100": 30.0}
+    assert "| 7.5, 0.50 GPU |" in markdown([row]) and "\n\nGPU: H100\n" in markdown([row])
+    (parsed,) = csv.DictReader(io.StringIO(as_csv([row])))
+    assert (parsed["devices"], parsed["seconds"]) == ("cpu; H100", "450.0; 30.0")
+    assert "GPU" not in markdown(rows([run(1, 600.0, device="cpu")]))
+
+
 def test_readmes_table_is_narrower() -> None:
     table = rows([fake("lsq", 1000, 80.0)], [number(79.5)])
     assert set(columns(table, narrow=True)) < set(columns(table)) and "+0.50" in markdown(table, narrow=True)

@@ -90,7 +90,8 @@ function rowColumns(task) {
     { head: "ratio", title: "how many times smaller than float", number: true, value: (r) => r.ratio, cell: (r) => r.ratio.toFixed(2) },
     { head: "bits/w", title: "bits of the file per parameter", number: true, value: (r) => r.bits, cell: (r) => r.bits.toFixed(2) },
     { head: "seeds", number: true, value: (r) => r.values.length, cell: (r) => r.values.length },
-    { head: "time", title: "of training or solving", number: true, value: (r) => r.seconds, cell: (r) => show.time(r.seconds) },
+    { head: "time", title: "of training or solving, by the kind of device", number: true, value: (r) => Object.values(r.seconds)[0],
+      cell: (r) => Object.entries(r.seconds).map(([device, s]) => show.time(s) + (device === "cpu" ? "" : " GPU")).join(", ") },
     { head: "memory", title: "most that was held", number: true, value: (r) => r.gpu_memory || r.memory, cell: memory },
     { head: "runs", wide: true, value: (r) => r.runs[0], cell: (r) => r.runs.map((id) => [runLink(id), " "]) },
   ].filter(Boolean);
