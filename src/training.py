@@ -120,9 +120,12 @@ class Training(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # A layer that this step left out (layer drop) has no say, and the penalty alone would narrow it.
-        if self.method.penalty:
-            for _, quantizer, w in self.model.items():
-                if w.grad is None or not w.grad.any():
+        if self.method.penalty and self.model.names:
+            parts = [(quantizer, w.grad) for _, quantizer, w in self.model.items()]
+            used = [self.total.new_zeros((), dtype=torch.bool) if g is None else g.any() for _, g in parts]
+            # All at once: the GPU is waited for once, not for each tensor.
+            for (quantizer, _), moved in zip(parts, torch.stack(used).tolist(), strict=True):
+                if not moved:
                     for p in quantizer.parameters():
                         p.grad = None
 

@@ -86,12 +86,13 @@ def test_what_is_too_large_is_not_the_best(tmp_path: Path) -> None:
 def test_the_penalty_spares_what_a_step_leaves_out(tmp_path: Path) -> None:
     training = trained(tmp_path, "diffq", epochs=1)
     (name, quantizer, w), (_, other, v), *_ = training.model.items()
-    for p in training.model.parameters():
-        p.grad = torch.ones_like(p)
-    w.grad = torch.zeros_like(w)
-    training.on_before_optimizer_step(torch.optim.SGD([w]))
-    assert all(p.grad is None for p in quantizer.parameters()), name
-    assert all(p.grad is not None for p in other.parameters()) and v.grad is not None
+    for grad in (torch.zeros_like(w), None):
+        for p in training.model.parameters():
+            p.grad = torch.ones_like(p)
+        w.grad = grad
+        training.on_before_optimizer_step(torch.optim.SGD([w]))
+        assert all(p.grad is None for p in quantizer.parameters()), name
+        assert all(p.grad is not None for p in other.parameters()) and v.grad is not None
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
