@@ -142,10 +142,15 @@ class Row:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @cached_property
+    def validated(self) -> list[float]:
+        """The primary metric on the validation split, by seed; empty where a record lacks it."""
+        values = [r["metrics"].get("valid", {}).get(self.metric) for r in self.records]
+        return [] if None in values else values
+
+    @property
     def valid(self) -> float | None:
         """Mean of the primary metric on the validation split, by which settings may be chosen; None where unknown."""
-        values = [r["metrics"].get("valid", {}).get(self.metric) for r in self.records]
-        return None if None in values else statistics.mean(values)
+        return statistics.mean(self.validated) if self.validated else None
 
     @cached_property
     def seconds(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,14 +43,18 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation; empty of none."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    digits = 2 if abs(mean) >= 10 else 3
+    return number(mean) + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def metric(row: Row) -> str:
-    """Mean and standard deviation over seeds."""
-    return number(row.value) + (f" ± {row.spread:.2f}" if len(row.values) > 1 else "")
-
-
-def valid(row: Row) -> str:
-    """Mean over seeds."""
-    return "" if row.valid is None else number(row.valid)
+    """On the test split."""
+    return over_seeds(row.values)
 
 
 def minutes(row: Row) -> str:
@@ -94,7 +99,7 @@ COLUMNS = (
     Column("ratio", lambda row: f"{row.ratio:.2f}"),
     Column("bits/w", lambda row: f"{row.bits:.2f}"),
     Column(METRIC, metric),
-    Column("valid", valid, narrow=False),
+    Column("valid", lambda row: over_seeds(row.validated)),
     Column("paper MiB", paper_size, paper=True, narrow=False),
     Column("paper", paper_metric, paper=True),
     Column("difference", difference, paper=True),

@@ -57,7 +57,7 @@ const ROWS = new Map(DATA.tasks.flatMap((task) => task.rows.flatMap((row) => {
 })));
 
 const arrow = (task) => (task.higher ? "↑" : "↓");
-const metric = (row) => show.metric(row.value) + (row.values.length > 1 && row.spread != null ? ` ± ${row.spread.toFixed(2)}` : "");
+const metric = (row) => show.metric(row.value) + (row.values.length > 1 && row.spread != null ? ` ± ${row.spread.toFixed(Math.abs(row.value) >= 10 ? 2 : 3)}` : "");
 const memory = (row) => (row.gpu_memory ? `${show.memory(row.gpu_memory)} GPU` : row.memory ? show.memory(row.memory) : "");
 const differs = (number) => number.note.startsWith("differs: ");
 const marked = (number, text) => text + DATA.certainty[number.certainty] + (differs(number) ? "≠" : "");
