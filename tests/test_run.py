@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from conftest import REPOSITORY, command
 
 from src import config, run
+from src.evaluate import compared
 from src.record import environment, read, read_all, sha256
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
@@ -60,6 +62,16 @@ def test_evaluation_of_the_file_repeats_the_record(root: Path) -> None:
         assert "the same as in its record" in result.stdout, result.stdout + result.stderr
         metrics = read(path / "record.json")["metrics"]  # type: ignore[index]
         assert repr(metrics["test"]["top1"]) in result.stdout
+
+
+def test_evaluation_says_by_how_much_the_record_differs() -> None:
+    recorded = {"metrics": {"valid": {"loss": 0.5}, "test": {"loss": 0.2, "top1": math.nan}}, "device": "H100"}
+    measured = {"valid": {"loss": 0.5}, "test": {"loss": 0.2, "top1": math.nan, "new": 1.0}}
+    assert compared(measured, recorded) == "the same as in its record"
+    measured["test"]["loss"] = 0.201
+    assert "made on H100, differs by up to 0.5 %" in compared(measured, recorded)
+    for wrong in ({"loss": math.nan}, {"top1": 3.0}):
+        assert "inf %" in compared(measured | {"test": measured["test"] | wrong}, recorded)
 
 
 def test_evaluation_needs_nothing_but_the_file(root: Path, tmp_path: Path) -> None:
