@@ -9,3 +9,4 @@ python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=ste bi
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=lsq bits=2,4 seed=0,1,2 "$@"
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=diffq penalty=0.1,0.3,1,3 seed=0,1,2 "$@"
 python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=diffq quant.range=absmax penalty=0.3 seed=0,1,2 "$@"
+python -m src.run -m task=lm_wikitext2 trainer.precision=bf16-mixed quant=rtn bits=3 group_size=0 seed=0,1,2 "$@"

@@ -22,3 +22,4 @@ python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=
 python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=10,20 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=5 group_size=0 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=diffq quant.range=absmax penalty=5 quant.noise=uniform quant.reestimate_bn=true seed=0,1,2 "$@"
+python -m src.run -m task=resnet_cifar10 quant=rtn bits=3 group_size=0 quant.reestimate_bn=true seed=0,1,2 "$@"

@@ -9,3 +9,4 @@ python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=decoupl
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=lsq bits=4 seed=0,1,2 "$@"
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=diffq penalty=0.1,1,10 seed=0,1,2 "$@"
 python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=diffq quant.range=absmax penalty=10 seed=0,1,2 "$@"
+python -m src.run -m task=vit_cifar10 trainer.precision=bf16-mixed quant=rtn bits=2,3,4 group_size=0 seed=0,1,2 "$@"
