@@ -94,10 +94,21 @@ def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any])
     line = front(points)
     sizes, values = [row.size / MIB for row in line], [row.value for row in line]
     axes.plot(sizes, values, color=look["color"], linewidth=1, alpha=0.5)
-    for row in (row for row in rows if row.better(row.value) < edge):
-        at, offset = (row.size / MIB, row.better(edge)), (0, 7 if row.higher_is_better else -13)
+    beyond: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.better(row.value) < edge:
+            beyond.setdefault(f"{row.size / MIB:.3g}", []).append(row)  # at one place, one label
+    higher = rows[0].higher_is_better
+    about: dict[str, Any] = {
+        "rotation": 90,
+        "ha": "center",
+        "va": "bottom" if higher else "top",
+    }  # sizes are often close
+    for there in beyond.values():
+        at = (there[0].size / MIB, there[0].better(edge))
         axes.plot(*at, clip_on=False, zorder=3, **look)
-        axes.annotate(f"{row.value:.3g}", at, offset, textcoords="offset points", ha="center")
+        text = ", ".join(f"{row.value:.3g}" for row in there)
+        axes.annotate(text, at, (0, 7 if higher else -7), textcoords="offset points", **about)
 
 
 def over_layers(
