@@ -94,21 +94,17 @@ def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any])
     line = front(points)
     sizes, values = [row.size / MIB for row in line], [row.value for row in line]
     axes.plot(sizes, values, color=look["color"], linewidth=1, alpha=0.5)
-    beyond: dict[str, list[Row]] = {}
+    beyond: dict[str, list[Row]] = {}  # by place
     for row in rows:
         if row.better(row.value) < edge:
-            beyond.setdefault(f"{row.size / MIB:.3g}", []).append(row)  # at one place, one label
-    higher = rows[0].higher_is_better
-    about: dict[str, Any] = {
-        "rotation": 90,
-        "ha": "center",
-        "va": "bottom" if higher else "top",
-    }  # sizes are often close
+            beyond.setdefault(f"{row.size / MIB:.3g}", []).append(row)
+    inwards, side = (7, "bottom") if rows[0].higher_is_better else (-7, "top")
+    upright: dict[str, Any] = {"rotation": 90, "ha": "center", "va": side}  # as places are often close to each other
     for there in beyond.values():
         at = (there[0].size / MIB, there[0].better(edge))
         axes.plot(*at, clip_on=False, zorder=3, **look)
         text = ", ".join(f"{row.value:.3g}" for row in there)
-        axes.annotate(text, at, (0, 7 if higher else -7), textcoords="offset points", **about)
+        axes.annotate(text, at, (0, inwards), textcoords="offset points", **upright)
 
 
 def over_layers(
