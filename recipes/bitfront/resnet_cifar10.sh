@@ -3,7 +3,7 @@
 . "$(dirname "$0")/../lines.sh"
 
 python -m src.run -m task=resnet_cifar10 quant=float seed=0,1,2 "$@"
-python -m src.run -m task=resnet_cifar10 quant=float init_from=float train.epochs=5 train.lr=0.01 "$@"
+python -m src.run -m task=resnet_cifar10 quant=float init_from=float train.epochs=5 train.lr=0.01 seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=rtn,gptq,decoupleq bits=2,3,4 seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=decoupleq bits=2,3,4 J=0 seed=0,1,2 "$@"
 python -m src.run -m task=resnet_cifar10 quant=decoupleq bits=2 quant.sft=true seed=0,1,2 "$@"
