@@ -139,7 +139,7 @@ class Row:
     @cached_property
     def spread(self) -> float:
         """Standard deviation of the metric over seeds; 0 for one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+        return spread(self.values)
 
     @cached_property
     def validated(self) -> list[float]:
@@ -202,6 +202,11 @@ class Row:
         if self.paper is None or self.paper.value is None:
             return None
         return statistics.mean(r["metrics"]["test"][self.paper.metric] for r in self.records) - self.paper.value
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) -> list[Row]:

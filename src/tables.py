@@ -17,7 +17,7 @@ from rich.console import Console
 
 from src import config
 from src.errors import BitfrontError
-from src.rows import CERTAINTY, MIB, Row, spelled
+from src.rows import CERTAINTY, MIB, Row, spelled, spread
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def over_seeds(values: Sequence[float]) -> str:
         return ""
     mean = statistics.mean(values)
     digits = 2 if abs(mean) >= 10 else 3
-    return number(mean) + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return number(mean) + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def metric(row: Row) -> str:
