@@ -1,0 +1,93 @@
+"""Where a language model loses its bits: on tokens that its training text hardly has, or on the others.
+
+    python -m benchmarks.rare_tokens runs/lm_wikitext2/{float,lsq}/*      # writes results/benchmarks/rare_tokens.*
+
+A test text of another kind has characters that the network never saw, on which nothing in training has a hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src import record
+from src.artifact import Artifact
+from src.cell import build_task
+from src.errors import BitfrontError
+from src.tasks.language import Language
+
+OUT = Path("results/benchmarks")
+RARE = 10  # a token that the training text has less often
+
+
+@torch.no_grad()
+def split_bits(task: Language, artifact: Path) -> dict[str, float]:
+    """Bits per byte of the test text, and the parts of them that rare tokens and all others have."""
+    counts = torch.bincount(task.corpus.streams["train"][1:], minlength=task.vocabulary)
+    network = task.model()
+    Artifact.load(artifact).load_into(network)
+    bits = {True: 0.0, False: 0.0}
+    tokens = {True: 0, False: 0}
+    size = 0
+    for windows, new in task.loader("test"):
+        losses, predicted = network.eval()(windows[:, :-1], windows[:, 1:])[new], windows[:, 1:][new]
+        size += int(task.corpus.sizes[predicted].sum())
+        rare: Tensor = counts[predicted] < RARE
+        for which, chosen in ((True, rare), (False, ~rare)):
+            bits[which] += losses[chosen].double().sum().item() / math.log(2)
+            tokens[which] += int(chosen.sum())
+    return {
+        "bpb": sum(bits.values()) / size,
+        "rare": bits[True] / size,
+        "others": bits[False] / size,
+        "share": tokens[True] / sum(tokens.values()),
+    }
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """A finished run's row.
+
+    Raises:
+        BitfrontError: it is none of a language model.
+    """
+    run = record.read(folder / record.RECORD)
+    if run is None or run["status"] != "finished":
+        raise BitfrontError(f"'{folder}' is not the directory of a finished run")
+    task = build_task(run["config"])
+    if not isinstance(task, Language):
+        raise BitfrontError(f"'{folder}' is a run of task={run['task']}, which predicts no tokens")
+    about = {name: run[name] for name in ("id", "method", "setting", "seed")}
+    return about | split_bits(task, folder / record.ARTIFACT)
+
+
+def main() -> None:
+    """Measure the runs of the command line, and write the results."""
+    try:
+        rows = [measured(Path(word)) for word in sys.argv[1:]]
+    except BitfrontError as error:
+        sys.exit(f"error: {error}")
+    if not rows:
+        sys.exit("error: give directories of runs, as runs/lm_wikitext2/float/<id>")
+    lines = ["| run | method | setting | seed | test bpb | rare tokens | others |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = " | ".join(f"{row[name]:.3f}" for name in ("bpb", "rare", "others"))
+        lines.append(f"| {row['id']} | {row['method']} | {row['setting']} | {row['seed']} | {numbers} |")
+    share = f"{100 * rows[0]['share']:.1f} % of the tokens"
+    lines += [
+        "",
+        f"Rare: less than {RARE} times in the training text, {share}. `python -m benchmarks.rare_tokens <runs>`.",
+    ]
+    (OUT / "rare_tokens.md").write_text("\n".join(lines) + "\n")
+    result = {"rows": rows, "environment": record.environment()}
+    (OUT / "rare_tokens.json").write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
