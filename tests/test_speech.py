@@ -111,6 +111,14 @@ def test_error_rates_count_words_over_all_utterances() -> None:
     assert parts[0].compute()["wer"].item() == pytest.approx(missing / words, abs=1e-6)
 
 
+def test_the_blank_begins_as_likely_as_all_others_together() -> None:
+    net = tiny()
+    with torch.no_grad():
+        net.head.weight.zero_()  # what is heard has no say
+        logits, _ = net.eval()(torch.randn(2, 40, 8), torch.tensor([40, 24]))
+    assert logits.softmax(-1)[..., 0].sub(0.5).abs().max() < 1e-6
+
+
 def test_metrics_do_not_depend_on_the_batches() -> None:
     torch.manual_seed(0)
     net = speech("asr", "smoke=true").model()

@@ -7,6 +7,8 @@ out of the statistics of the batch norm, where it would make results depend on w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ class ConformerCTC(nn.Module):
 
     Args:
         inputs: features per frame.
-        outputs: labels, the blank among them.
+        outputs: labels, the blank first. It begins as likely as all others together: where they begin alike, some seeds
+            learn to spell without it, and never write what they hear.
         channels: of the convolutions that subsample.
         dim, depth, heads, kernel: of the Conformer layers; their feed-forward layers have ``4 * dim`` units.
         dropout: in each module of the layers.
@@ -29,6 +32,8 @@ class ConformerCTC(nn.Module):
         self.subsampling = Subsampling(inputs, channels, dim, dropout)
         self.layers = nn.ModuleList(ConformerLayer(dim, heads, kernel, dropout) for _ in range(depth))
         self.head = nn.Linear(dim, outputs)
+        with torch.no_grad():
+            self.head.bias.zero_()[0] = math.log(outputs - 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[batch, ceil(time / 4), outputs]`` and their lengths, from ``x`` ``[batch, time, inputs]``."""
