@@ -276,13 +276,14 @@ def front(table: Iterable[Row]) -> list[Row]:
 def limit(table: Sequence[Row], papers: Iterable[Published]) -> float:
     """The goodness below which rows lie on a figure's edge, as the others could not be told apart beside them.
 
-    Such rows are below the front by more than eight times its spread, by 5 % at least, and below all published numbers;
-    if there are none, it is minus infinity.
+    Such rows are below the front, which may be a single row, and the better half of all by more than eight times the
+    spread of these, by 5 % at least, and below all published numbers; if there are none, it is minus infinity.
     """
-    values = [row.better(row.value) for row in table if isfinite(row.value)]
+    values = sorted((row.better(row.value) for row in table if isfinite(row.value)), reverse=True)
     good = [row.better(row.value) for row in table if row.best]
     if not good:
         return -inf
+    good += values[: len(values) // 2]
     best, worst = max(good), min(good)
     theirs = [table[0].better(p.value) for p in papers if p.metric == table[0].metric and p.value and p.size]
     lowest = min([worst - max(8 * (best - worst), 0.05 * abs(best)), *theirs])

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, command
 from src.errors import BitfrontError
 from src.figures import draw
 from src.record import read_all
-from src.rows import MIB, Published, learned_bits, published, rows
+from src.rows import MIB, Published, learned_bits, limit, published, rows
 from src.rows import command as command_of
 from src.tables import fill, markdown
 
@@ -249,6 +249,9 @@ def test_rows_far_below_lie_on_the_edge_with_their_value(tmp_path: Path) -> None
     assert "12.5" in ticks(rows([*near, fake("rtn", 1000, 12.5)]))
     assert "20" not in ticks(rows([*near, fake("rtn", 1000, 12.5)]))
     assert "813" in ticks(rows([fake("a", 1000, 0, **low(80.0)), fake("rtn", 1000, 0, **low(812.6))]))
+    behind_one = [1.11, 1.31, 1.48, 1.81, 2.77, 3.64]  # the first of which is all of the front
+    table = rows([fake(f"m{n}", 1000 + n, 0, **low(value)) for n, value in enumerate(behind_one)])
+    assert limit(table, []) == -math.inf
 
 
 def test_readme_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
