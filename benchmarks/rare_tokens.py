@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from src import record
 from src.artifact import Artifact
@@ -32,21 +31,18 @@ def split_bits(task: Language, artifact: Path) -> dict[str, float]:
     counts = torch.bincount(task.corpus.streams["train"][1:], minlength=task.vocabulary)
     network = task.model()
     Artifact.load(artifact).load_into(network)
-    bits = {True: 0.0, False: 0.0}
-    tokens = {True: 0, False: 0}
-    size = 0
+    network.eval()
+    parts = []
     for windows, new in task.loader("test"):
-        losses, predicted = network.eval()(windows[:, :-1], windows[:, 1:])[new], windows[:, 1:][new]
-        size += int(task.corpus.sizes[predicted].sum())
-        rare: Tensor = counts[predicted] < RARE
-        for which, chosen in ((True, rare), (False, ~rare)):
-            bits[which] += losses[chosen].double().sum().item() / math.log(2)
-            tokens[which] += int(chosen.sum())
+        parts.append((network(windows[:, :-1], windows[:, 1:])[new], windows[:, 1:][new]))
+    losses, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    bits = losses.double() / (math.log(2) * task.corpus.sizes[tokens].sum().item())
+    rare = counts[tokens] < RARE
     return {
-        "bpb": sum(bits.values()) / size,
-        "rare": bits[True] / size,
-        "others": bits[False] / size,
-        "share": tokens[True] / sum(tokens.values()),
+        "bpb": bits.sum().item(),
+        "rare": bits[rare].sum().item(),
+        "others": bits[~rare].sum().item(),
+        "share": rare.double().mean().item(),
     }
 
 

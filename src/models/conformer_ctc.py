@@ -19,7 +19,7 @@ class ConformerCTC(nn.Module):
     Args:
         inputs: features per frame.
         outputs: labels, the blank first. It begins as likely as all others together: where they begin alike, some seeds
-            learn to spell without it, and never write what they hear.
+            learn to spell without it, and stay far worse.
         channels: of the convolutions that subsample.
         dim, depth, heads, kernel: of the Conformer layers; their feed-forward layers have ``4 * dim`` units.
         dropout: in each module of the layers.
