@@ -1,7 +1,8 @@
 """Ours against the official DiffQ package: packing, training step, evaluation, file, and equality of the weights.
 
-    pip install --no-deps diffq==0.2.4      # needs a C compiler
-    python -m benchmarks.diffq              # writes results/benchmarks/diffq.json and diffq.md
+    pip install --no-deps diffq==0.2.4         # needs a C compiler
+    python -m benchmarks.diffq                 # writes results/benchmarks/diffq.json and diffq.md
+    python -m benchmarks.diffq device=cuda     # steps and evaluations on a GPU, diffq_cuda.json and diffq_cuda.md
 
 Both sides run in turn in one process, and what counts is the ratio of the medians.
 """
@@ -42,6 +43,8 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
         for name, side in sides.items():
             began = time.perf_counter()
             side()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -67,22 +70,26 @@ def packing(official: Any) -> dict[str, dict[str, float]]:
     return rows
 
 
-def networks() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
+def networks(device: str) -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
     """Networks of a size that a training step takes a fraction of a second."""
     vit = partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=192, depth=6, num_heads=6, num_classes=10)
-    return {
+    small: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         "ViT 192 x 6": (vit, torch.randn(64, 3, 32, 32)),
         "ResNet-18": (partial(torchvision.models.resnet18, num_classes=10), torch.randn(32, 3, 64, 64)),
     }
+    return small if device == "cpu" else small | {"DeiT-B": (deit, torch.randn(64, 3, 224, 224))}
 
 
-def both(make: Callable[[], nn.Module], official: Any) -> tuple[QuantizedModel, nn.Module, Any]:
+deit = partial(timm.create_model, "deit_base_patch16_224")
+
+
+def both(make: Callable[[], nn.Module], official: Any, device: str = "cpu") -> tuple[QuantizedModel, nn.Module, Any]:
     """The same network under our DiffQ and under the official one, with equal weights and equal random widths."""
     torch.manual_seed(0)
-    network = make()
-    theirs = make()
+    network = make().to(device)
+    theirs = make().to(device)
     theirs.load_state_dict(network.state_dict())
-    model = DiffQ(group_size=8).attach(network)
+    model = DiffQ(group_size=8).attach(network).to(device)
     quantizer = official.DiffQuantizer(theirs, group_size=8)
     quantizer.setup_optimizer(torch.optim.Adam([{"params": []}]))
     for mine, qparam in zip(model.quantizers.parameters(), quantizer._qparams, strict=True):
@@ -92,15 +99,16 @@ def both(make: Callable[[], nn.Module], official: Any) -> tuple[QuantizedModel, 
     return model, theirs, quantizer
 
 
-def training(official: Any) -> dict[str, dict[str, float]]:
+def training(official: Any, device: str) -> dict[str, dict[str, float]]:
     """One forward and backward with penalty, and one evaluation forward."""
     rows = {}
-    for name, (make, x) in networks().items():
-        model, theirs, quantizer = both(make, official)
+    for name, (make, images) in networks(device).items():
+        x = images.to(device)
+        model, theirs, quantizer = both(make, official, device)
         sides: dict[str, tuple[nn.Module, Callable[[], Any]]] = {
             "ours": (model, model.megabytes),
             "official": (theirs, quantizer.model_size),
-            "float": (make(), lambda: 0.0),
+            "float": (make().to(device), lambda: 0.0),
         }
         rows[f"training step, {name}"] = in_turn({k: partial(step, *side, x) for k, side in sides.items()}, 15)
         with torch.no_grad():
@@ -116,7 +124,7 @@ def step(net: nn.Module, size: Callable[[], Any], x: Tensor) -> None:
 
 def files(official: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Writing DeiT-B with mixed widths; bytes of both, and how far the evaluated weights differ."""
-    model, theirs, quantizer = both(lambda: timm.create_model("deit_base_patch16_224"), official)
+    model, theirs, quantizer = both(deit, official)
     model.eval(), theirs.eval()
 
     def official_file() -> bytes:
@@ -144,32 +152,37 @@ def files(official: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Run everything, or what a GPU takes part in on one, and write the results."""
+    device = {(): "cpu", ("device=cuda",): "cuda"}.get(tuple(sys.argv[1:]))
+    if device is None or (device == "cuda" and not torch.cuda.is_available()):
+        sys.exit("error: the one option is device=cuda, which needs a GPU")
     try:
         import diffq as official
         import diffq.bitpack
     except ImportError:
         sys.exit("error: the official package is missing: pip install --no-deps diffq==0.2.4 (it needs a C compiler)")
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = packing(official) | training(official)
-    written, facts = files(official)
-    rows |= written
+    rows, facts = training(official, device), dict[str, float]()
+    if device == "cpu":
+        written, facts = files(official)
+        rows = packing(official) | rows | written
     environment = record.environment()
     lines = ["| what | ours, ms | official, ms | official / ours | ours / float |", "|---|---|---|---|---|"]
     for what, times in rows.items():
         share = f"{times['ours'] / times['float']:.2f}" if "float" in times else ""
         milliseconds = f"{1e3 * times['ours']:.1f} | {1e3 * times['official']:.1f}"
         lines.append(f"| {what} | {milliseconds} | {times['official'] / times['ours']:.2f} | {share} |")
-    lines += [
-        "",
-        "| DeiT-B, mixed widths | |",
-        "|---|---|",
-        *(f"| {k} | {v:,.0f} |" if v > 1 else f"| {k} | {v:.2g} |" for k, v in facts.items()),
-    ]
-    lines += ["", f"`python -m benchmarks.diffq`, {environment['machine']}, torch {torch.__version__}."]
-    (OUT / "diffq.md").write_text("\n".join(lines) + "\n")
-    (OUT / "diffq.json").write_text(
-        json.dumps({"rows": rows, "facts": facts, "environment": environment}, indent=1) + "\n"
+    if facts:
+        lines += ["", "| DeiT-B, mixed widths | |", "|---|---|"]
+        lines += [f"| {k} | {v:,.0f} |" if v > 1 else f"| {k} | {v:.2g} |" for k, v in facts.items()]
+    place, name = environment["machine"], "diffq"
+    if device == "cuda":
+        place, name = torch.cuda.get_device_name(), "diffq_cuda"
+    words = " ".join(["python -m benchmarks.diffq", *sys.argv[1:]])
+    lines += ["", f"`{words}`, {place}, torch {torch.__version__}."]
+    (OUT / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (OUT / f"{name}.json").write_text(
+        json.dumps({"rows": rows, "facts": facts, "environment": environment, "device": place}, indent=1) + "\n"
     )
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -1,0 +1,77 @@
+"""On a GPU: a file is the network that was measured, stores what the CPU would, and every task and method runs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import attach, command
+from torch import Tensor, nn
+
+from src import config
+from src.artifact import Artifact
+from src.cell import build
+from src.quant.core import Trained
+from src.record import read_all
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("name", config.options("quant"))
+def test_a_file_from_the_gpu_is_the_file_from_the_cpu(
+    name: str, tiny: tuple[type[nn.Module], Tensor], tmp_path: Path
+) -> None:
+    network, x = tiny
+    method = replace(build(config.load([f"quant={name}"])["quant"]), min_size=0.0004)
+    if isinstance(method, Trained):
+        here = attach(method, network(), x)
+        with torch.no_grad():
+            for parameter in here.quantizers.parameters():
+                parameter.mul_(1 + torch.rand_like(parameter))
+        there = copy.deepcopy(here).to(DEVICE)
+    else:
+        start = network()
+        here, there = attach(method, copy.deepcopy(start), x), attach(method, start.to(DEVICE), x.to(DEVICE))
+    sizes = [model.eval().save(tmp_path / place, {}) for place, model in (("cpu", here), ("gpu", there))]
+    assert sizes[0] == sizes[1]
+    files = {place: Artifact.load(tmp_path / place) for place in ("cpu", "gpu")}
+    for place, model, given in (("cpu", here, x), ("gpu", there, x.to(DEVICE))):
+        fresh = network().eval()
+        files[place].load_into(fresh)
+        with torch.no_grad():
+            torch.testing.assert_close(fresh(x), model(given).cpu(), rtol=1e-3, atol=1e-4)
+    if isinstance(method, Trained):
+        for key, w in here.weights().items():
+            torch.testing.assert_close(w, there.weights()[key].cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method on every laptop task in bfloat16, once for this file."""
+    root = tmp_path_factory.mktemp("runs")
+    words = ("task=vit,resnet,lm,separation,asr", "quant=glob(*)", "smoke=true", "wandb=disabled")
+    on = ("trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+    result = command("src.run", "-m", *words, *on, f"root={root}", timeout=600)
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_every_cell_runs_and_says_on_what(root: Path) -> None:
+    records = list(read_all(root))
+    assert len({(r["task"], r["method"]) for r in records}) == 5 * len(config.options("quant"))
+    for record in records:
+        assert record["device"] == torch.cuda.get_device_name()
+        assert any(stage.get("peak_gpu_memory", 0) > 0 for stage in record["stages"].values()), record["id"]
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_evaluation_repeats_the_record(root: Path, accelerator: str) -> None:
+    for record in read_all(root):
+        if record["task"] == "lm" and record["method"] in ("diffq", "gptq"):
+            result = command("src.evaluate", f"artifact={record['artifact']}", f"accelerator={accelerator}")
+            differs = result.stdout.rsplit("differs by up to ", 1)[1:]
+            assert "the same" in result.stdout or float(differs[0].split(" %")[0]) < 0.1, result.stdout + result.stderr
