@@ -42,7 +42,8 @@ def draw(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
 def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
     """Metric against file size, a line through each method's own front, and published numbers hollow, as PNG and SVG.
 
-    Rows so much worse that the others could not be told apart lie on the edge, with their value.
+    Bars are standard deviations over seeds, of what changed from the start where there is one. Rows so much worse that
+    the others could not be told apart lie on the edge, with their value.
     """
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     row = table[0]
@@ -80,12 +81,12 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
 
 
 def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any]) -> None:
-    """A method's rows with their spread, a line through their front, and on the edge those that are worse."""
+    """A method's rows with their bars, a line through their front, and on the edge those that are worse."""
     points = [row for row in rows if row.better(row.value) >= edge]
     axes.errorbar(
         [row.size / MIB for row in points],
         [row.value for row in points],
-        yerr=[row.spread for row in points] if any(row.spread for row in points) else None,
+        yerr=[row.error for row in points] if any(row.error for row in points) else None,
         capsize=2,
         linestyle="",
         label=rows[0].method,
@@ -140,7 +141,7 @@ def over_layers(
 
 
 def _label(row: Row, methods: Sequence[str]) -> str:
-    return f"{row.method} {row.setting}".strip() if len(methods) > 1 else row.setting
+    return f"{row.method} {row.own_setting}".strip() if len(methods) > 1 else row.own_setting
 
 
 def _legend(lines: Sequence[tuple[Row, dict[str, float]]]) -> tuple[int, float]:

@@ -18,7 +18,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from src.rows import CERTAINTY, Published, Row, command, limit
+from src.rows import CERTAINTY, Published, Row, command, limit, spread
 
 SOURCES = Path(__file__).parent / "html"
 SCRIPTS = ("charts.js", "table.js", "run.js", "page.js")
@@ -53,17 +53,20 @@ def _task(table: Sequence[Row], papers: Sequence[Published]) -> dict[str, Any]:
         "metric": first.metric,
         "higher": first.higher_is_better,
         "limit": first.better(limit(table, papers)),
+        "shared": " ".join(sorted(first.shared)),
         "rows": [_row(row) for row in table],
         "papers": [asdict(p) for p in papers],
     }
 
 
 def _row(row: Row) -> dict[str, Any]:
-    names = ("method", "setting", "size", "ratio", "bits", "value", "spread", "values", "seconds", "memory")
-    more = ("gpu_memory", "difference", "best", "dirty", "runs")
+    names = ("method", "size", "ratio", "bits", "value", "spread", "error", "values", "seconds", "memory")
+    more = ("changes", "change", "gpu_memory", "difference", "best", "dirty", "runs")
     return {name: getattr(row, name) for name in (*names, *more)} | {
         "paper": row.paper and asdict(row.paper),
         "paper_file": row.paper_file and asdict(row.paper_file),
+        "setting": row.own_setting,
+        "change_spread": spread(row.changes),
         "command": command(row.records[0]),
     }
 

@@ -68,12 +68,15 @@ class Row:
     Attributes:
         records: its runs, by seed.
         papers: published numbers of this cell, the closest first; their metrics are among the row's.
+        changes: the primary metric less that of the network that a run starts from, on the test split, of the seeds
+            whose start is among the records.
         best: not beaten in both size and metric by any other row of its task.
         shared: the words of its setting about network, data or trainer that all rows of its task have.
     """
 
     records: list[dict[str, Any]]
     papers: list[Published] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
     best: bool = False
     shared: frozenset[str] = frozenset()
 
@@ -140,6 +143,18 @@ class Row:
     def spread(self) -> float:
         """Standard deviation of the metric over seeds; 0 for one seed."""
         return spread(self.values)
+
+    @property
+    def change(self) -> float | None:
+        """Mean of ``changes``; its standard deviation is often much smaller than that of the metric."""
+        return statistics.mean(self.changes) if self.changes else None
+
+    @property
+    def error(self) -> float:
+        """The standard deviation to compare rows by: of the changes, which that of the starts is not in; where a seed
+        has no start, of the metric.
+        """
+        return spread(self.changes) if len(self.changes) == len(self.values) else self.spread
 
     @cached_property
     def validated(self) -> list[float]:
@@ -210,16 +225,22 @@ def spread(values: Sequence[float]) -> float:
 
 
 def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) -> list[Row]:
-    """Records grouped over seeds, sorted by task and size, with published numbers, and the best marked."""
+    """Records grouped over seeds, sorted by task and size, with published numbers, changes from their starts, and the
+    best marked.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for each in {r["id"]: r for r in records}.values():
+    each_once = {r["id"]: r for r in records}.values()
+    for each in each_once:
         seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
         groups.setdefault((each["task"], each["method"], seedless), []).append(each)
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
+    starts = {(r["task"], r["artifact_sha256"]): r["primary"]["value"] for r in each_once}
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
         cells.setdefault((number.task, number.method, spelled(number.setting)), []).append(number)
     for row in table:
+        begun = [(r["primary"]["value"], starts.get((r["task"], r["init_sha256"]))) for r in row.records]
+        row.changes = [value - start for value, start in begun if start is not None]
         row.papers = _comparable(row, cells.get((row.task, row.method, spelled(row.records[0]["setting"])), []))
     table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
     for task in {row.task for row in table}:

@@ -27,14 +27,14 @@ class Column:
     Attributes:
         text: a row's cell.
         words: aligned to the left.
-        paper: only in tables with published numbers.
+        optional: only in tables in which a row has it.
         narrow: in README, too.
     """
 
     heading: str
     text: Callable[[Row], str]
     words: bool = False
-    paper: bool = False
+    optional: bool = False
     narrow: bool = True
 
 
@@ -48,13 +48,29 @@ def over_seeds(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = statistics.mean(values)
-    digits = 2 if abs(mean) >= 10 else 3
-    return number(mean) + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
+    return number(mean) + plus_minus(values, mean)
+
+
+def plus_minus(values: Sequence[float], metric: float) -> str:
+    """The standard deviation of several, in as many digits as the metric has."""
+    return f" ± {spread(values):.{digits(metric)}f}" if len(values) > 1 else ""
+
+
+def digits(metric: float) -> int:
+    """After the point."""
+    return 2 if abs(metric) >= 10 else 3
 
 
 def metric(row: Row) -> str:
     """On the test split."""
     return over_seeds(row.values)
+
+
+def change(row: Row) -> str:
+    """Less the start's metric, with its sign."""
+    if row.change is None:
+        return ""
+    return f"{row.change:+.{digits(row.value)}f}" + plus_minus(row.changes, row.value)
 
 
 def minutes(row: Row) -> str:
@@ -99,10 +115,11 @@ COLUMNS = (
     Column("ratio", lambda row: f"{row.ratio:.2f}"),
     Column("bits/w", lambda row: f"{row.bits:.2f}"),
     Column(METRIC, metric),
+    Column("Δ start", change, optional=True),
     Column("valid", lambda row: over_seeds(row.validated)),
-    Column("paper MiB", paper_size, paper=True, narrow=False),
-    Column("paper", paper_metric, paper=True),
-    Column("difference", difference, paper=True),
+    Column("paper MiB", paper_size, optional=True, narrow=False),
+    Column("paper", paper_metric, optional=True),
+    Column("difference", difference, optional=True),
     Column("seeds", lambda row: str(len(row.values))),
     Column("minutes", minutes),
     Column("peak GiB", memory, narrow=False),
@@ -112,8 +129,8 @@ COLUMNS = (
 
 def columns(table: Sequence[Row], narrow: bool = False) -> list[Column]:
     """Those that this table has."""
-    papers = any(row.paper or row.paper_file for row in table)
-    return [c for c in COLUMNS if (papers or not c.paper) and (c.narrow or not narrow)]
+    there = [c for c in COLUMNS if not c.optional or any(c.text(row) for row in table)]
+    return [c for c in there if c.narrow or not narrow]
 
 
 def headings(table: Sequence[Row], chosen: Sequence[Column]) -> list[str]:
@@ -126,16 +143,21 @@ def arrow(row: Row) -> str:
     return "↑" if row.higher_is_better else "↓"
 
 
-def notes(table: Sequence[Row], timed: bool = True) -> list[str]:
-    """What the marks mean that this table has, which GPUs its times are of, and what its rows share."""
+def notes(table: Sequence[Row], brief: bool = False) -> list[str]:
+    """What the marks mean that this table has, which GPUs its times are of, and what its rows share; a brief table has
+    neither times nor changes.
+    """
     certainties = {p.certainty for row in table for p in (row.paper, row.paper_file) if p}
     meanings = {"computed": "computed by the paper's rule", "recalled": "recalled, not read", "unsure": "not certain"}
     marks = [f"{CERTAINTY[c]} {meaning}" for c, meaning in meanings.items() if c in certainties]
     differ = any(p.differs for row in table for p in (row.paper, row.paper_file) if p)
     marks += ["≠ of another network, or with quantized activations"] * differ
     marks += ["! with code that git does not have"] * any(row.dirty for row in table)
+    marks += ["Δ start: less the metric of the network that a run starts from"] * (
+        not brief and any(row.changes for row in table)
+    )
     gpus = sorted({device for row in table for device in row.seconds} - {"cpu"})
-    marks += [f"GPU: {', '.join(gpus)}"] * bool(timed and gpus)
+    marks += [f"GPU: {', '.join(gpus)}"] * bool(gpus and not brief)
     return marks + [f"all with {' '.join(sorted(table[0].shared))}"] * bool(table[0].shared)
 
 
@@ -160,7 +182,19 @@ def as_csv(table: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     about = ("best", "dirty", "method", "setting", "bytes", "ratio", "bits_per_weight")
-    ours = ("metric", "mean", "std", "valid", "seeds", "devices", "seconds", "peak_memory", "peak_gpu_memory")
+    ours = (
+        "metric",
+        "mean",
+        "std",
+        "change",
+        "change_std",
+        "valid",
+        "seeds",
+        "devices",
+        "seconds",
+        "peak_memory",
+        "peak_gpu_memory",
+    )
     kinds = ("paper_file", "paper_file_source", "paper_file_certainty", "paper_file_bytes")
     papers = (*kinds, "paper", "paper_source", "paper_certainty", "paper_metric", "paper_value", "difference")
     writer.writerow((*about, *ours, *papers, "runs"))
@@ -169,7 +203,8 @@ def as_csv(table: Sequence[Row]) -> str:
         writer.writerow(
             (
                 *(int(row.best), int(row.dirty), row.method, row.setting, row.size, row.ratio, row.bits),
-                *(row.metric, row.value, row.spread, row.valid, len(row.values)),
+                *(row.metric, row.value, row.spread, row.change, spread(row.changes) if row.changes else None),
+                *(row.valid, len(row.values)),
                 *("; ".join(map(str, column)) for column in (row.seconds.keys(), row.seconds.values())),
                 *(row.memory, row.gpu_memory),
                 *((file.paper, file.source, file.certainty, file.size) if file else ("",) * 4),
@@ -306,7 +341,7 @@ def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
     lines = [_line(headings), "|" + "---|" * len(headings)]
     lines += [_line([method, *map(cell, found, best)]) for method, found in chosen.items() if any(found)]
     rows = [row for found in chosen.values() for row in found if row]
-    return "\n".join(lines + _noted(notes(rows, timed=False))) + "\n"
+    return "\n".join(lines + _noted(notes(rows, brief=True))) + "\n"
 
 
 def fill(path: Path, tables: dict[str, list[Row]]) -> None:

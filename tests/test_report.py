@@ -34,7 +34,7 @@ def fake(method: str, size: float, value: float, seed: int = 0, **more: Any) -> 
             "task": {}, "train": {}, "quant": {"size": size}, "init_from": None, "smoke": False, "seed": seed,
             "trainer": {"precision": "32-true"},
         },
-        "environment": {"dirty": False},
+        "environment": {"dirty": False}, "artifact_sha256": f"{method}{size}{seed}", "init_sha256": None,
         "primary": {"name": "top1", "higher_is_better": True, "value": value},
         "metrics": {"test": {"top1": value, "top5": 99.0}},
         "sizes": {"file": size, "float": 4000, "parameters": 1000},
@@ -74,6 +74,19 @@ def test_rows_are_seeds_together_sorted_by_size_with_the_front_marked() -> None:
     assert table[0].values == [82.0, 80.0] and table[0].value == 81 and table[0].spread == pytest.approx(2**0.5)
     assert (table[0].size, table[0].ratio, table[0].bits) == (1000, 4, 8)
     assert table[0].seconds == {"cpu": 60} and table[0].memory == 2**31 and table[0].gpu_memory is None
+
+
+def test_a_change_is_from_the_network_that_a_run_starts_from() -> None:
+    start = {seed: fake("float", 4000, 80.0 + 5 * seed, seed) for seed in (0, 1)}
+    runs = [
+        fake("a", 1000, start[seed]["primary"]["value"] - lost, seed, init_sha256=start[seed]["artifact_sha256"])
+        for seed, lost in ((0, 0.5), (1, 0.7))
+    ]
+    table = {row.method: row for row in rows([*start.values(), *runs, fake("b", 500, 70.0, init_sha256="gone")])}
+    assert table["a"].changes == pytest.approx([-0.5, -0.7]) and not table["float"].changes and not table["b"].changes
+    assert table["a"].error == pytest.approx(0.02**0.5) and table["float"].error > 3
+    assert "| -0.60 ± 0.14 |" in markdown(list(table.values()))
+    assert "Δ start" not in markdown(rows([*start.values(), fake("b", 500, 70.0)]))
 
 
 def test_the_front_is_what_no_other_row_beats() -> None:

@@ -66,7 +66,7 @@ function aboutPaper(p) {
 function tradeoff(task, rows) {
   const within = (row) => task.limit == null || (task.higher ? row.value >= task.limit : row.value <= task.limit);
   const finite = rows.filter((row) => row.value != null), stretch = !finite.some(within); // all that is left is far off
-  const place = (row) => (stretch || within(row) ? { y: row.value, spread: row.spread } : { y: task.limit, spread: 0, beyond: show.metric(row.value) });
+  const place = (row) => (stretch || within(row) ? { y: row.value, spread: row.error } : { y: task.limit, spread: 0, beyond: show.metric(row.value) });
   const points = finite.map((row) => ({ x: row.size / MIB, ...place(row), look: LOOKS.get(row.method), best: row.best, row,
     run: row.runs[0], name: `${row.method} ${row.setting}: ${show.size(row.size)} MiB, ${metric(row)}` }));
   const known = task.papers.filter((p) => p.size && p.value != null && p.metric === task.metric && !filters.hidden.has(p.method));
@@ -84,6 +84,7 @@ function rowColumns(task) {
         r.dirty && el("span", { class: "warn", title: "with code that git does not have" }, "!")] },
     { head: "MiB", number: true, value: (r) => r.size, cell: (r) => show.size(r.size) },
     { head: `${task.metric} ${arrow(task)}`, title: "on the test split, mean ± standard deviation over seeds", number: true, value: (r) => r.value, cell: metric },
+    task.rows.some((r) => r.change != null) && { head: "Δ start", title: "less the metric of the network that a run starts from, mean ± standard deviation over seeds", number: true, value: (r) => r.change, cell: change },
     papers && { head: "paper MiB", number: true, value: (r) => r.paper_file?.size, cell: (r) => (r.paper_file ? marked(r.paper_file, +(r.paper_file.size / MIB).toPrecision(4)) : "") },
     papers && { head: "paper", number: true, value: (r) => r.paper?.value, cell: (r) => (r.paper ? marked(r.paper, show.metric(r.paper.value)) + (r.paper.metric === task.metric ? "" : ` ${r.paper.metric}`) : "") },
     papers && { head: "difference", number: true, value: (r) => r.difference, cell: (r) => (r.difference == null ? "" : (r.difference > 0 ? "+" : "") + r.difference.toFixed(2)) },
@@ -141,7 +142,7 @@ function taskPage(task) {
   const methods = [...new Set(task.rows.map((row) => row.method))].sort();
   const runs = task.rows.reduce((sum, row) => sum + row.runs.length, 0);
   const certainties = new Set(task.papers.map((p) => p.certainty));
-  const legend = ["★ not beaten in both size and metric", ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
+  const legend = ["★ not beaten in both size and metric", ...(task.shared ? [`all with ${task.shared}`] : []), ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
     task.papers.some(differs) && "≠ of another network, or with quantized activations",
     task.rows.some((row) => row.dirty) && "! with code that git does not have"].filter(Boolean);
   const update = async () => {
@@ -162,7 +163,7 @@ function taskPage(task) {
   const bar = toolbar(methods, update);
   const page = [el("h1", {}, task.name),
     el("p", { class: "sub" }, `test ${task.metric}, ${task.higher ? "higher" : "lower"} is better · ${task.rows.length} settings, ${runs} runs`),
-    bar.node, card("Metric against size", chart, el("p", { class: "hint" }, `The line joins the best rows${task.papers.length ? "; hollow points are published" : ""}. A point tells its run and command.`)),
+    bar.node, card("Metric against size", chart, el("p", { class: "hint" }, `The line joins the best rows; bars are standard deviations over seeds, of Δ start where there is one${task.papers.length ? "; hollow points are published" : ""}. A point tells its run and command.`)),
     card("All settings", grid, el("p", { class: "hint" }, legend.join(" · "))),
     task.papers.length > 0 && card("Published numbers", publishedTable(task)), bits, loss];
   update();

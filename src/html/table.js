@@ -57,7 +57,10 @@ const ROWS = new Map(DATA.tasks.flatMap((task) => task.rows.flatMap((row) => {
 })));
 
 const arrow = (task) => (task.higher ? "↑" : "↓");
-const metric = (row) => show.metric(row.value) + (row.values.length > 1 && row.spread != null ? ` ± ${row.spread.toFixed(Math.abs(row.value) >= 10 ? 2 : 3)}` : "");
+const digits = (row) => (Math.abs(row.value) >= 10 ? 2 : 3);
+const seeds = (row, values, spread) => (values.length > 1 && spread != null ? ` ± ${spread.toFixed(digits(row))}` : "");
+const metric = (row) => show.metric(row.value) + seeds(row, row.values, row.spread);
+const change = (row) => (row.change == null ? "" : (row.change < 0 ? "" : "+") + row.change.toFixed(digits(row)) + seeds(row, row.changes, row.change_spread));
 const memory = (row) => (row.gpu_memory ? `${show.memory(row.gpu_memory)} GPU` : row.memory ? show.memory(row.memory) : "");
 const differs = (number) => number.note.startsWith("differs: ");
 const marked = (number, text) => text + DATA.certainty[number.certainty] + (differs(number) ? "≠" : "");
