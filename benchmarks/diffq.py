@@ -34,6 +34,7 @@ from src.quant.diffq import DiffQ
 
 OUT = Path("results/benchmarks")
 CODES = 8_000_000
+deit = partial(timm.create_model, "deit_base_patch16_224")
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -78,9 +79,6 @@ def networks(device: str) -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
         "ResNet-18": (partial(torchvision.models.resnet18, num_classes=10), torch.randn(32, 3, 64, 64)),
     }
     return small if device == "cpu" else small | {"DeiT-B": (deit, torch.randn(64, 3, 224, 224))}
-
-
-deit = partial(timm.create_model, "deit_base_patch16_224")
 
 
 def both(make: Callable[[], nn.Module], official: Any, device: str = "cpu") -> tuple[QuantizedModel, nn.Module, Any]:

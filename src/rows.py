@@ -229,12 +229,12 @@ def rows(records: Iterable[dict[str, Any]], papers: Sequence[Published] = ()) ->
     best marked.
     """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    each_once = {r["id"]: r for r in records}.values()
-    for each in each_once:
+    distinct = {r["id"]: r for r in records}.values()
+    for each in distinct:
         seedless = identity(each["config"] | {"seed": 0}, str(each["config"]["init_from"]))
         groups.setdefault((each["task"], each["method"], seedless), []).append(each)
     table = [Row(sorted(group, key=lambda r: (r["seed"], r["id"]))) for group in groups.values()]
-    starts = {(r["task"], r["artifact_sha256"]): r["primary"]["value"] for r in each_once}
+    starts = {(r["task"], r["artifact_sha256"]): r["primary"]["value"] for r in distinct}
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
         cells.setdefault((number.task, number.method, spelled(number.setting)), []).append(number)

@@ -182,22 +182,11 @@ def as_csv(table: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     about = ("best", "dirty", "method", "setting", "bytes", "ratio", "bits_per_weight")
-    ours = (
-        "metric",
-        "mean",
-        "std",
-        "change",
-        "change_std",
-        "valid",
-        "seeds",
-        "devices",
-        "seconds",
-        "peak_memory",
-        "peak_gpu_memory",
-    )
+    ours = ("metric", "mean", "std", "change", "change_std", "valid", "seeds")
+    costs = ("devices", "seconds", "peak_memory", "peak_gpu_memory")
     kinds = ("paper_file", "paper_file_source", "paper_file_certainty", "paper_file_bytes")
     papers = (*kinds, "paper", "paper_source", "paper_certainty", "paper_metric", "paper_value", "difference")
-    writer.writerow((*about, *ours, *papers, "runs"))
+    writer.writerow((*about, *ours, *costs, *papers, "runs"))
     for row in table:
         file, p = row.paper_file, row.paper
         writer.writerow(
