@@ -17,7 +17,6 @@ from src.cell import build
 from src.quant.core import Trained
 from src.record import read_all
 
-DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -32,14 +31,14 @@ def test_a_file_from_the_gpu_is_the_file_from_the_cpu(
         with torch.no_grad():
             for parameter in here.quantizers.parameters():
                 parameter.mul_(1 + torch.rand_like(parameter))
-        there = copy.deepcopy(here).to(DEVICE)
+        there = copy.deepcopy(here).to("cuda")
     else:
         start = network()
-        here, there = attach(method, copy.deepcopy(start), x), attach(method, start.to(DEVICE), x.to(DEVICE))
+        here, there = attach(method, copy.deepcopy(start), x), attach(method, start.to("cuda"), x.to("cuda"))
     sizes = [model.eval().save(tmp_path / place, {}) for place, model in (("cpu", here), ("gpu", there))]
     assert sizes[0] == sizes[1]
     files = {place: Artifact.load(tmp_path / place) for place in ("cpu", "gpu")}
-    for place, model, given in (("cpu", here, x), ("gpu", there, x.to(DEVICE))):
+    for place, model, given in (("cpu", here, x), ("gpu", there, x.to("cuda"))):
         fresh = network().eval()
         files[place].load_into(fresh)
         with torch.no_grad():

@@ -7,7 +7,7 @@ let sort = { column: "MiB", down: false };
 
 function fits(row) {
   const words = filters.text.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = `${row.task.name} ${row.method} ${row.setting} ${row.runs.join(" ")}`.toLowerCase();
+  const text = `${row.task.name} ${row.method} ${row.setting} ${row.task.shared} ${row.runs.join(" ")}`.toLowerCase();
   return words.every((word) => text.includes(word)) && !filters.hidden.has(row.method)
     && (filters.max == null || row.size <= filters.max * MIB) && (!filters.front || row.best);
 }
