@@ -8,7 +8,7 @@ python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=rtn,gptq,d
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=decoupleq bits=2 J=0 seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=decoupleq bits=2 group_size=64 quant.sft=false,true seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=lsq bits=2,4 seed=0,1,2 "$@"
-python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=diffq quant.range=minmax,absmax penalty=1,3,10 seed=0,1,2 "$@"
+python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=diffq quant.range=minmax,absmax penalty=0.1,1,3,10 seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=rtn,decoupleq,lsq bits=2 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=diffq quant.range=minmax,absmax penalty=10 quant.reestimate_bn=true seed=0,1,2 "$@"
 python -m src.run -m task=asr_fsdd trainer.precision=bf16-mixed quant=rtn bits=2,3,4 group_size=0 seed=0,1,2 "$@"
