@@ -57,13 +57,14 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
         first knob, and what else differs from the files.
     """
     config = _compose(overrides)
+    names = {group: config.hydra.runtime.choices[group] for group in CELL}
+    usual = _compose([f"{group}={name}" for group, name in names.items()])
+    by_knob = [_by_knob(usual, word) for word in overrides]
+    if by_knob != list(overrides):
+        overrides, config = by_knob, _compose(by_knob)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    choices = plain.pop("hydra")["runtime"]["choices"]
-    cell = {str(key): value for key, value in plain.items()}
-    for key in SWEEP:  # where and among which others a cell runs is no part of it
-        cell.pop(key, None)
-    names = {group: choices[group] for group in CELL}
+    cell = {str(key): value for key, value in plain.items() if key not in ("hydra", *SWEEP)}
     words = [
         f"{knob}={cell[knob]}"
         for n, (knob, v) in enumerate(knobs("quant", names["quant"]))
@@ -71,7 +72,6 @@ def load(overrides: Sequence[str]) -> dict[str, Any]:
     ]
     shown = (*(f"{knob}=" for knob, _ in knobs("task", names["task"])), "task.", "train.", "quant.", "init_from=")
     shown += ("trainer.precision=",)
-    usual = _compose([f"{group}={name}" for group, name in names.items()])
     for override in overrides:
         key = override.partition("=")[0]
         if override.startswith(shown) and OmegaConf.select(usual, key) != OmegaConf.select(config, key):
@@ -198,6 +198,16 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         return compose("config", list(overrides), return_hydra_config=True)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides), return_hydra_config=True)
+
+
+def _by_knob(usual: DictConfig, word: str) -> str:
+    """``bits=2`` for ``quant.bits=2``, where a knob sets the key: one cell has one setting."""
+    key, equals, value = word.partition("=")
+    group, _, name = key.partition(".")
+    files = OmegaConf.to_container(usual[group], resolve=False) if group in CELL else {}
+    assert isinstance(files, dict)
+    knob = re.fullmatch(r"\$\{(\w+)\}", str(files.get(name)))
+    return f"{knob[1]}{equals}{value}" if knob else word
 
 
 def _values(override: Override) -> list[Any]:

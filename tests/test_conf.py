@@ -145,6 +145,8 @@ def test_the_setting_names_what_differs_from_the_files() -> None:
         return config.load(words)["setting"]
 
     assert setting("quant=gptq", "bits=2", "init_from=float", "quant.damping=0.01") == "bits=2"
+    assert setting("quant=gptq", "bits=2") == setting("quant=gptq", "quant.bits=2") == "bits=2"
+    assert setting("task=resnet", "task.network=resnet18") == setting("task=resnet", "model=resnet18")
     assert setting("quant=gptq", "quant.layers={head*: {bits: 8}}") == "bits=4 quant.layers={head*: {bits: 8}}"
     assert setting("quant=decoupleq", "J=0", "quant.sft=true", "init_from=x") == "bits=2 J=0 quant.sft=true init_from=x"
     assert setting("quant=float", "train.epochs=3", "seed=2") == "train.epochs=3"
