@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,7 @@ def attach(method: Method, network: nn.Module, x: Tensor) -> QuantizedModel:
 
 
 torch.set_num_threads(1)  # networks this small only wait for each other's threads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, would ignore it
 
 
 @pytest.fixture(autouse=True)
