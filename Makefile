@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 help:  ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-setup: .venv/installed  ## Install the pinned packages into .venv
+setup: .venv/installed  ## Install the pinned packages and bitfront into .venv
 
 demo: .venv/installed  ## Train and compress a vision transformer on bundled data, print its table (3 minutes)
 	$(RUN) task=vit quant=float
@@ -17,7 +17,7 @@ demo: .venv/installed  ## Train and compress a vision transformer on bundled dat
 	$(RUN) task=vit quant=decoupleq bits=2
 	$(PY) -m src.report runs task=vit
 
-test: .venv/installed  ## Lint and run the test suite (under 10 minutes on 2 cores)
+test: .venv/installed  ## Lint and run the test suite (under 7 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
@@ -26,10 +26,10 @@ smoke: .venv/installed  ## Run every method on tiny data in seconds
 	$(RUN) -m task=vit quant='glob(*)' smoke=true root=runs-smoke wandb=disabled
 	$(PY) -m src.report runs-smoke
 
-recipes-smoke: .venv/installed  ## Run every line of every recipe on tiny data (10 minutes)
+recipes-smoke: .venv/installed  ## Run every recipe on tiny data (10 minutes)
 	rm -rf runs-smoke
-	@failed=0; for recipe in recipes/*/*.sh; do echo "== $$recipe"; \
-		PATH="$(CURDIR)/.venv/bin:$$PATH" $$recipe smoke=true root=runs-smoke wandb=disabled || failed=1; done; exit $$failed
+	@failed=0; for recipe in recipes/*/*.yaml; do recipe=$${recipe#recipes/}; recipe=$${recipe%.yaml}; echo "== $$recipe"; \
+		$(RUN) recipe=$$recipe smoke=true root=runs-smoke wandb=disabled || failed=1; done; exit $$failed
 
 lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff check .
@@ -64,7 +64,7 @@ clean:  ## Remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # uv installs in seconds what pip installs in minutes; pip alone works too.
-.venv/installed: requirements.lock
+.venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "bitfront needs Python 3.11 or newer; run 'make $(MAKECMDGOALS) PYTHON=python3.12' or the like"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv module is missing; install python3-venv"; exit 1; }
@@ -72,4 +72,5 @@ clean:  ## Remove .venv and caches; runs stay
 	$(PY) -m pip install -q uv==$(UV_VERSION) && \
 		$(PY) -m uv pip install --require-hashes --no-deps --compile-bytecode -r requirements.lock || \
 		$(PY) -m pip install --require-hashes --no-deps -r requirements.lock
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@

@@ -27,10 +27,10 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from src import record
-from src.packed import pack, unpack
-from src.quant.core import QuantizedModel
-from src.quant.diffq import DiffQ
+from bitfront.cells import provenance
+from bitfront.quant.diffq import DiffQ
+from bitfront.quant.model import QuantizedModel
+from bitfront.quant.packed import pack, unpack
 
 OUT = Path("results/benchmarks")
 CODES = 8_000_000
@@ -164,7 +164,7 @@ def main() -> None:
     if device == "cpu":
         written, facts = files(official)
         rows = packing(official) | rows | written
-    environment = record.environment()
+    environment = provenance.environment()
     lines = ["| what | ours, ms | official, ms | official / ours | ours / float |", "|---|---|---|---|---|"]
     for what, times in rows.items():
         share = f"{times['ours'] / times['float']:.2f}" if "float" in times else ""

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from src import record
-from src.artifact import Artifact
-from src.cell import build_task
-from src.errors import BitfrontError
-from src.tasks.language import Language
+from bitfront.cells.compose import Config
+from bitfront.cells.flow import build_task
+from bitfront.cells.provenance import environment
+from bitfront.cells.runs import Run
+from bitfront.errors import BitfrontError
+from bitfront.quant.artifact import Artifact
+from bitfront.tasks.language import Language
 
 OUT = Path("results/benchmarks")
 RARE = 10  # a token that the training text has less often
@@ -52,14 +54,15 @@ def measured(folder: Path) -> dict[str, Any]:
     Raises:
         BitfrontError: it is none of a language model.
     """
-    run = record.read(folder / record.RECORD)
-    if run is None or run["status"] != "finished":
+    run = Run(folder)
+    record = run.finished()
+    if record is None:
         raise BitfrontError(f"'{folder}' is not the directory of a finished run")
-    task = build_task(run["config"])
+    task = build_task(Config(record.task, record.method, record.config, record.setting))
     if not isinstance(task, Language):
-        raise BitfrontError(f"'{folder}' is a run of task={run['task']}, which predicts no tokens")
-    about = {name: run[name] for name in ("id", "method", "setting", "seed")}
-    return about | split_bits(task, folder / record.ARTIFACT)
+        raise BitfrontError(f"'{folder}' is a run of task={record.task}, which predicts no tokens")
+    about = {name: getattr(record, name) for name in ("id", "method", "setting", "seed")}
+    return about | split_bits(task, run.artifact)
 
 
 def main() -> None:
@@ -80,7 +83,7 @@ def main() -> None:
         f"Rare: less than {RARE} times in the training text, {share}. `python -m benchmarks.rare_tokens <runs>`.",
     ]
     (OUT / "rare_tokens.md").write_text("\n".join(lines) + "\n")
-    result = {"rows": rows, "environment": record.environment()}
+    result = {"rows": rows, "environment": environment()}
     (OUT / "rare_tokens.json").write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from src import record
+from bitfront.cells.provenance import environment
+from bitfront.cells.record import read_all, text_of
 
 OUT = Path("results/benchmarks")
 RECORDS = 1000
@@ -32,8 +33,8 @@ REPEATS = 5
 def synthetic(folder: Path) -> None:
     """Write the records: every second copy is another seed, the others are other settings."""
     random.seed(0)
-    published = record.read_all(Path("results/records"))
-    for n, original in zip(range(RECORDS), itertools.cycle(published), strict=False):
+    published = read_all(Path("results/records"))
+    for n, original in zip(range(RECORDS), itertools.cycle(r.as_json() for r in published), strict=False):
         copy = varied(original) | {"id": hashlib.sha1(str(n).encode()).hexdigest()[:10]}
         copy["primary"]["value"] = copy["metrics"]["test"][copy["primary"]["name"]]
         which = n // len(published)
@@ -46,7 +47,7 @@ def synthetic(folder: Path) -> None:
             copy["sizes"] = original["sizes"] | {"file": original["sizes"]["file"] + 1000 * which}
         path = folder / copy["task"] / copy["method"] / copy["id"] / "record.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(copy, indent=1))
+        path.write_text(text_of("finished", copy))
 
 
 def varied(value: Any) -> Any:
@@ -60,10 +61,10 @@ def varied(value: Any) -> Any:
 
 def report(folder: Path) -> dict[str, float]:
     """Seconds of one report: until the last table is printed, and until it ends."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "src.report", str(folder)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "src.report", str(folder)], stdout=subprocess.PIPE, text=True, env=variables
     )
     assert process.stdout is not None
     printed = began
@@ -106,18 +107,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic(folder)
-        read = record.read_all(folder)
-        largest = statistics.mode(r["task"] for r in read)
+        records = read_all(folder)
+        largest = statistics.mode(r.task for r in records)
         page = folder / "report" / "report.html"
-        repeats = [report(folder) | browse(page, read[0]["id"], largest) for _ in range(REPEATS)]
+        repeats = [report(folder) | browse(page, records[0].id, largest) for _ in range(REPEATS)]
         figures = {what: statistics.median(repeat[what] for repeat in repeats) for what in repeats[0]}
         figures["page, MiB"] = page.stat().st_size / 2**20
         figures["records, MiB"] = sum(path.stat().st_size for path in folder.rglob("record.json")) / 2**20
-    environment = record.environment()
-    lines = [f"| {len(read):,} records | |", "|---|---|", *(f"| {what} | {n:.2f} |" for what, n in figures.items())]
-    lines += ["", f"Medians of {REPEATS}. `python -m benchmarks.report`, {environment['machine']}."]
+    made_with = environment()
+    lines = [f"| {len(records):,} records | |", "|---|---|", *(f"| {what} | {n:.2f} |" for what, n in figures.items())]
+    lines += ["", f"Medians of {REPEATS}. `python -m benchmarks.report`, {made_with['machine']}."]
     (OUT / "report.md").write_text("\n".join(lines) + "\n")
-    (OUT / "report.json").write_text(json.dumps({"figures": figures, "environment": environment}, indent=1) + "\n")
+    (OUT / "report.json").write_text(json.dumps({"figures": figures, "environment": made_with}, indent=1) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

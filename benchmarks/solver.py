@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import record
-from src.quant.decoupleq import DecoupleQ
-from src.quant.gptq import GPTQ
-from src.quant.inputs import Moments
+from bitfront.cells import provenance
+from bitfront.quant.decoupleq import DecoupleQ
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Moments
 
 OUT = Path("results/benchmarks")
 SAMPLES = 3072
@@ -116,7 +116,7 @@ def main() -> None:
     means = [mean([row[name]["ratio"] for row in rows.values()]) for name in SIDES]
     official = mean([gptq / full for gptq, full in OFFICIAL.values()])
     lines.append(f"| geometric mean | | | {official:.2f} |" + "".join(f" {m:.3f} |" for m in means))
-    environment = record.environment()
+    environment = provenance.environment()
     lines += [
         "",
         "Loss relative to the official full procedure (1 = the same, lower is better); in parentheses the time in",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.quant.calibration import PostTraining
-from src.quant.core import Method, QuantizedModel
-from src.quant.plan import Calibration
+from bitfront.commands import start
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.core import Method
+from bitfront.quant.model import QuantizedModel
+from bitfront.quant.plan import Calibration
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -106,11 +111,29 @@ def _seeded() -> None:
 
 
 def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m ...`` as a user would, without W&B."""
-    environment = {**os.environ, "WANDB_MODE": "disabled", "COLUMNS": "120"}
+    """Run ``python -m ...`` as a user would, in a process of its own, without W&B."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *words], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=timeout
     )
+
+
+def cli(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, where a process of its own would only serve to print: ``cli("run", "task=vit")``."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("COLUMNS", "120")
+        patch.chdir(REPOSITORY)
+        try:
+            start(name, words)
+        except SystemExit as end:
+            code = 1
+            print(end.code, file=err)
+        except Exception:
+            code = 1
+            traceback.print_exc()
+    return subprocess.CompletedProcess([name, *words], code, out.getvalue(), err.getvalue())
 
 
 def wandb_run(directory: Path) -> dict[str, Any]:

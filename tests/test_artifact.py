@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from src.artifact import Artifact
-from src.errors import ArtifactError
-from src.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
-from src.quant.rtn import round_to_nearest
+from bitfront.errors import ArtifactError
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
+from bitfront.quant.rounding import round_to_nearest
 
 
 @given(width=st.integers(1, 15), n=st.integers(0, 70), seed=st.integers(0, 2**32 - 1))

@@ -15,15 +15,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchaudio.models import Conformer
 
-from src.errors import BitfrontError
-from src.quant.blockwise import Captured, Tuning
-from src.quant.calibration import calibrate
-from src.quant.core import Frozen, eligible
-from src.quant.decoupleq import DecoupleQ
-from src.quant.gptq import GPTQ
-from src.quant.inputs import Accumulator, Moments, Watch, within
-from src.quant.plan import Calibration, plan
-from src.quant.rtn import RTN
+from bitfront.errors import BitfrontError
+from bitfront.quant.blockwise import Captured, Tuning
+from bitfront.quant.calibration import calibrate
+from bitfront.quant.decoupleq import DecoupleQ
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Accumulator, Moments, Watch, within
+from bitfront.quant.model import eligible
+from bitfront.quant.plan import Calibration, plan
+from bitfront.quant.rtn import RTN
 
 
 def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
@@ -70,7 +71,7 @@ def test_the_quadratic_form_is_the_error_of_the_output(
         layer.weight.copy_(w)
     wanted = (wrong - right).square().sum() / right.square().sum()
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
-    monkeypatch.setattr("src.quant.inputs.CHUNK", 1)  # sample by sample
+    monkeypatch.setattr("bitfront.quant.inputs.CHUNK", 1)  # sample by sample
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
 
 

@@ -14,10 +14,11 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command, wandb_run
+from conftest import REPOSITORY, cli, wandb_run
 
-from src import dashboard, record
-from src.run import run_cell
+from bitfront.cells.cell import Cell
+from bitfront.cells.record import Record, read_all
+from bitfront.reports import dashboard
 
 RECORDS = REPOSITORY / "results" / "records"
 TITLES = {"chartTitle", "diffOnly"}  # of a panel's settings, those that name no key
@@ -44,7 +45,7 @@ def words(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def made(records: list[dict[str, Any]]) -> dict[str, Any]:
+def made(records: list[Record]) -> dict[str, Any]:
     return dashboard.view(records, "bitfront")._to_model().model_dump(by_alias=True, exclude_none=True)
 
 
@@ -54,9 +55,9 @@ def made(records: list[dict[str, Any]]) -> dict[str, Any]:
 )
 def test_every_key_of_a_view_is_logged_by_a_run(task: str, methods: list[str], tmp_path: Path) -> None:
     shared = [f"task={task}", "smoke=true", f"root={tmp_path}", "trainer.accelerator=cpu", "wandb=offline"]
-    records = [run_cell([*shared, f"quant={method}", "init_from=null"]) for method in methods if method != "rtn"]
+    records = [Cell([*shared, f"quant={method}", "init_from=null"]).execute() for method in methods if method != "rtn"]
     if "rtn" in methods:
-        records.append(run_cell([*shared, "quant=rtn", f"init_from={records[0]['artifact']}"]))
+        records.append(Cell([*shared, "quant=rtn", f"init_from={records[0].artifact}"]).execute())
     logged = [wandb_run(tmp_path / task / method) for method in methods]
     config = {name for run in logged for name in run["config"]}
     summary = {name for run in logged for name in run["summary"]}
@@ -84,53 +85,46 @@ def test_every_key_of_a_view_is_logged_by_a_run(task: str, methods: list[str], t
 
 
 def test_what_no_run_has_logged_is_not_in_a_view() -> None:
-    records = [each for each in record.read_all(RECORDS) if each["task"] == "vit"]
+    records = [record for record in read_all(RECORDS) if record.task == "vit"]
     trained = {"Bits over time", "Histograms of bits over time", "Training"}
     assert trained < sections(made(records)).keys()
-    assert not trained & sections(made([each for each in records if not each["history"]])).keys()
-    assert trained & sections(made([r for r in records if r["method"] == "float"])).keys() == {"Training"}
+    assert not trained & sections(made([record for record in records if not record.history])).keys()
+    assert trained & sections(made([record for record in records if record.method == "float"])).keys() == {"Training"}
 
 
 @pytest.mark.parametrize(("task", "line"), [("vit", "showMaxYAxisLine"), ("lm", "showMinYAxisLine")])
 def test_the_front_is_of_the_better_direction(task: str, line: str) -> None:
-    spec = made([each for each in record.read_all(RECORDS) if each["task"] == task])
+    spec = made([record for record in read_all(RECORDS) if record.task == task])
     for panel in sections(spec)["Metric against size"]:
         assert panel["viewType"] == "Scatter Plot"
         assert [key for key in panel["config"] if key.startswith("show") and panel["config"][key]] == [line]
 
 
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["dashboard", *arguments])
-    dashboard.main()
-
-
-def test_the_dry_run_prints_every_panel_of_every_task(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(str(RECORDS), "dry_run=true", monkeypatch=monkeypatch)
-    printed = capsys.readouterr().out
+def test_the_dry_run_prints_every_panel_of_every_task() -> None:
+    printed = cli("dashboard", str(RECORDS), "dry_run=true").stdout
     for view in dashboard.views(RECORDS, "", "bitfront"):
         spec = view._to_model().model_dump(by_alias=True, exclude_none=True)
         assert spec["displayName"] in printed
         assert all(word in printed for panels in sections(spec).values() for p in panels for word in words(p["config"]))
 
 
-def test_mistakes_have_remedies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"`wandb login`.*dry_run=true"):
-        run(str(RECORDS), "task=vit", monkeypatch=monkeypatch)
-    with pytest.raises(SystemExit, match=r"no finished runs in .*; make one: python -m src\.run"):
-        run(str(tmp_path), "dry_run=true", monkeypatch=monkeypatch)
-    with pytest.raises(SystemExit, match=r"no finished runs of task=vti.*task=asr"):
-        run(str(RECORDS), "task=vti", "dry_run=true", monkeypatch=monkeypatch)
-    with pytest.raises(SystemExit, match="dry_run takes true or false, got 'yes'"):
-        run(str(RECORDS), "dry_run=yes", monkeypatch=monkeypatch)
+@pytest.mark.parametrize(
+    ("place", "more", "answer"),
+    [
+        (RECORDS, ["task=vit"], r"`wandb login`.*dry_run=true"),
+        (Path("/nowhere"), ["dry_run=true"], r"no finished runs in .*; make one: python -m src\.run"),
+        (RECORDS, ["task=vti", "dry_run=true"], r"no finished runs of task=vti.*task=asr"),
+        (RECORDS, ["dry_run=maybe"], "dry_run takes true or false, got 'maybe'"),
+    ],
+)
+def test_mistakes_have_remedies(place: Path, more: list[str], answer: str) -> None:
+    result = cli("dashboard", str(place), *more)
+    assert result.returncode == 1 and re.search(answer, result.stderr)
 
 
 def test_a_missing_library_is_named_as_the_project_pins_it() -> None:
-    code = "import sys; sys.modules['wandb_workspaces'] = None; from src import dashboard; dashboard.main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code, "dry_run=true"], capture_output=True, text=True, cwd=REPOSITORY
-    )
+    code = "import sys; sys.modules['wandb_workspaces'] = None; from bitfront.commands import start; start('dashboard')"
+    result = subprocess.run([sys.executable, "-c", code, "dry_run=true"], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     requirement = result.stderr.rpartition("pip install ")[2].strip()
     assert f'"{requirement}"' in (REPOSITORY / "pyproject.toml").read_text()
@@ -182,17 +176,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
 
 
 def test_saving_sends_what_the_dry_run_shows(server: type[Server]) -> None:
-    result = command("src.dashboard", str(RECORDS), "task=vit")
+    result = cli("dashboard", str(RECORDS), "task=vit")
     assert result.returncode == 0, result.stderr
     (view,) = server.saved
     assert (view["entityName"], view["projectName"]) == ("someone", "bitfront")
     assert re.search(r"http://127\.0\.0\.1:\d+/someone/bitfront\?nw=\w+", result.stdout)
-    dry = command("src.dashboard", str(RECORDS), "task=vit", "dry_run=true").stdout
+    dry = cli("dashboard", str(RECORDS), "task=vit", "dry_run=true").stdout
     assert dashboard.outline(view | {"project": view["projectName"], "spec": json.loads(view["spec"])}) == dry.rstrip()
 
 
 def test_a_refusal_of_the_server_is_one_message(server: type[Server]) -> None:
-    result = command("src.dashboard", str(RECORDS), "task=vit", "project=elsewhere", "entity=team")
+    result = cli("dashboard", str(RECORDS), "task=vit", "project=elsewhere", "entity=team")
     assert result.returncode == 1 and not server.saved
     assert "Traceback" not in result.stderr and "project not found" in result.stderr
     assert "wandb sync runs/*/*/*/wandb/offline-run-*" in result.stderr

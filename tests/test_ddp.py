@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
+from conftest import cli, command
 from torch import distributed, multiprocessing
 
-from src import config
-from src.cell import build_task
-from src.record import read_all
+from bitfront.cells import compose
+from bitfront.cells.flow import build_task
+from bitfront.cells.record import read_all
 
 TASKS = ("asr", "lm", "resnet", "separation", "vit")
 
@@ -21,15 +21,15 @@ def test_two_processes_train_and_measure_one_artifact(tmp_path: Path) -> None:
     words = ("task=vit", "quant=diffq", "smoke=true", "trainer.accelerator=cpu", f"root={tmp_path}")
     result = command("src.run", *words, "trainer.devices=2")
     assert result.returncode == 0, result.stderr
-    (record,) = (r for r in read_all(tmp_path) if r["method"] == "diffq")
-    assert record["processes"] == 2
-    again = command("src.evaluate", f"artifact={record['artifact']}", "accelerator=cpu")
-    assert "the same as in its record" in again.stdout, (again.stdout, record["metrics"])
+    (record,) = (r for r in read_all(tmp_path) if r.method == "diffq")
+    assert record.processes == 2
+    again = cli("evaluate", f"artifact={record.artifact}", "accelerator=cpu")
+    assert "the same as in its record" in again.stdout, (again.stdout, record.metrics)
 
 
 def measured(name: str) -> dict[str, float]:
     """Metrics of a fresh network, on the samples of all processes."""
-    task = build_task(config.load([f"task={name}", "smoke=true"]))
+    task = build_task(compose.load([f"task={name}", "smoke=true"]))
     torch.manual_seed(0)
     return task.evaluate(task.model(), "test")
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torchaudio
 import torchvision
-from conftest import command
+from conftest import cli
 from PIL import Image
 
-from src.data.images import class_folders
-from src.errors import BitfrontError
-from src.fetch import fetch
+from bitfront.data.fetch import fetch
+from bitfront.data.images import class_folders
+from bitfront.errors import BitfrontError
 
 
 class FakeCIFAR:
@@ -63,6 +63,6 @@ def test_unknown_sets_and_options_are_refused() -> None:
         (("imagenet",), "choices: cifar10, cifar100, librispeech"),
         (("cifar10", "folder=x"), "unknown option"),
     ):
-        result = command("src.fetch", *words)
+        result = cli("fetch", *words)
         assert result.returncode == 1 and answer in result.stderr
-    assert "librispeech" in command("src.fetch").stdout
+    assert "librispeech" in cli("fetch").stdout

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.data.generated import kept
-from src.errors import BitfrontError
+from bitfront.data.generated import kept
+from bitfront.errors import BitfrontError
 
 
 def write(folder: Path) -> None:

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import attach, command
+from conftest import attach, cli, command
 from torch import Tensor, nn
 
-from src import config
-from src.artifact import Artifact
-from src.cell import build
-from src.quant.core import Trained
-from src.record import read_all
+from bitfront.cells import compose
+from bitfront.cells.flow import build_method
+from bitfront.cells.record import read_all
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.core import Trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("name", config.options("quant"))
+@pytest.mark.parametrize("name", compose.options("quant"))
 def test_a_file_from_the_gpu_is_the_file_from_the_cpu(
     name: str, tiny: tuple[type[nn.Module], Tensor], tmp_path: Path
 ) -> None:
     network, x = tiny
-    method = replace(build(config.load([f"quant={name}"])["quant"]), min_size=0.0004)
+    method = replace(build_method(compose.load([f"quant={name}"])), min_size=0.0004)
     if isinstance(method, Trained):
         here = attach(method, network(), x)
         with torch.no_grad():
@@ -61,16 +61,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_cell_runs_and_says_on_what(root: Path) -> None:
     records = list(read_all(root))
-    assert len({(r["task"], r["method"]) for r in records}) == 5 * len(config.options("quant"))
+    assert len({(r.task, r.method) for r in records}) == 5 * len(compose.options("quant"))
     for record in records:
-        assert record["device"] == torch.cuda.get_device_name()
-        assert any(stage.get("peak_gpu_memory", 0) > 0 for stage in record["stages"].values()), record["id"]
+        assert record.device == torch.cuda.get_device_name()
+        assert any(stage.get("peak_gpu_memory", 0) > 0 for stage in record.stages.values()), record.id
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_evaluation_repeats_the_record(root: Path, accelerator: str) -> None:
     for record in read_all(root):
-        if record["task"] == "lm" and record["method"] in ("diffq", "gptq"):
-            result = command("src.evaluate", f"artifact={record['artifact']}", f"accelerator={accelerator}")
+        if record.task == "lm" and record.method in ("diffq", "gptq"):
+            result = cli("evaluate", f"artifact={record.artifact}", f"accelerator={accelerator}")
             differs = result.stdout.rsplit("differs by up to ", 1)[1:]
             assert "the same" in result.stdout or float(differs[0].split(" %")[0]) < 0.1, result.stdout + result.stderr

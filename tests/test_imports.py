@@ -1,58 +1,114 @@
-"""Imports point one way: research code is plain PyTorch, and what only reads records starts without torch."""
+"""Imports point one way, without a circle: research code is plain PyTorch, and what only reads starts without torch."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY
 
-SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
-FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf"}
-READS_RECORDS = {"torch", "lightning", "wandb", "src.quant", "src.tasks", "src.artifact", "src.training"}
-FORBIDDEN = {
-    "src/packed.py": FRAMEWORKS | {"src.artifact", "src.quant", "src.tasks", "src.training"},
-    "src/artifact.py": FRAMEWORKS | {"src.quant", "src.tasks", "src.training"},
-    "src/quant": FRAMEWORKS | {"src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
-    "src/tasks": FRAMEWORKS | {"src.quant", "src.training", "src.cell", "src.run", "src.record", "src.artifact"},
-    "src/data": FRAMEWORKS | {"src.quant", "src.tasks", "src.training", "src.cell", "src.run", "src.record"},
-    "src/models": FRAMEWORKS
-    | {"src.quant", "src.tasks", "src.data", "src.training", "src.cell", "src.run", "src.record"},
-    "src/training.py": {"hydra", "wandb", "omegaconf", "src.run", "src.cell"},
-    "src/record.py": FRAMEWORKS | {"torch", "src.quant", "src.tasks", "src.artifact"},
-    **{f"src/{name}.py": READS_RECORDS for name in ("dashboard", "report", "rows", "tables", "figures", "page")},
+from bitfront.commands import COMMANDS
+
+PACKAGE = REPOSITORY / "src" / "bitfront"
+FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
+BASE = {"errors", "shipped", "console", "processes"}
+MAY = {  # what each floor may import, besides itself
+    **{name: {"errors", "shipped"} for name in BASE},
+    "quant": {"errors"},
+    "models": {"errors"},
+    "data": {"errors"},
+    "tasks": {"data", "models", "errors", "processes"},
+    "cells": {"tasks", "quant", *BASE},
+    "sweeps": {"cells", *BASE},
+    "reports": {"cells", *BASE},
+    "commands": {"sweeps", "reports", "cells", "tasks", "quant", "data", *BASE},
+    "run": {"commands"},
+    "__main__": {"commands", *BASE},
+    "": {"quant", "errors"},  # the library
 }
 
 
+def module(path: Path) -> str:
+    """``quant.packed`` of ``src/bitfront/quant/packed.py``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+SOURCES = {module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def imported(path: Path) -> set[str]:
+    """All names that a file imports anywhere, within functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_import_direction(path: Path) -> None:
-    place = str(path.relative_to(REPOSITORY))
-    for prefix, forbidden in FORBIDDEN.items():
-        if place.startswith(prefix):
-            wrong = {n for n in imported(path) for f in forbidden if n == f or n.startswith(f + ".")}
-            assert not wrong
+def arrows(name: str) -> set[str]:
+    """The modules of ours that one imports."""
+    ours = {n.removeprefix("bitfront.") for n in imported(SOURCES[name]) if n.startswith("bitfront.")}
+    return (ours & SOURCES.keys()) - {name}
+
+
+def test_there_is_no_circle() -> None:
+    graph = {name: arrows(name) for name in SOURCES}
+    assert sum(map(len, graph.values())) > 100
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names it
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_arrows_point_down(name: str) -> None:
+    floor = name.partition(".")[0]
+    assert {other.partition(".")[0] for other in arrows(name)} <= {floor, *MAY[floor]}
+    if floor in ("quant", "tasks", "data", "models"):
+        assert not {other.partition(".")[0] for other in imported(SOURCES[name])} & FRAMEWORKS
 
 
 def test_wandb_is_imported_in_one_file() -> None:
-    assert [p.name for p in SOURCES if any(n.partition(".")[0] == "wandb" for n in imported(p))] == ["tracking.py"]
+    places = {name for name, path in SOURCES.items() if any(n.partition(".")[0] == "wandb" for n in imported(path))}
+    assert places == {"cells.tracking"}
 
 
-@pytest.mark.parametrize("module", ["run", "report", "evaluate", "dashboard"])
-def test_commands_start_without_torch(module: str) -> None:
-    code = f"import sys, src.{module}; sys.exit('torch' in sys.modules)"
-    import subprocess
+def loaded(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has after some code."""
+    code += "; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split("\n")[-2].split())
 
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
-    assert command(f"src.{module}", "--help").returncode == 0
+
+def test_the_library_loads_torch_with_the_first_name_that_needs_it() -> None:
+    assert not loaded("import bitfront") & {"torch", "numpy", "hydra", "lightning", "yaml"}
+    assert not loaded("import bitfront; bitfront.BitfrontError") & {"torch", "hydra"}
+    assert "torch" in loaded("import bitfront; bitfront.DecoupleQ")
+
+
+def test_the_library_has_every_method() -> None:
+    import bitfront
+
+    assert set(bitfront.__all__) == {name for names in bitfront._HOMES.values() for name in names}
+    assert all(getattr(bitfront, name).__name__ == name for name in bitfront.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        bitfront.Nothing  # noqa: B018
+
+
+def test_commands_start_without_torch() -> None:
+    """All of them, with help, a refused word, and a report, up to what draws."""
+    code = f"from bitfront.commands import start; [start(name, ['--help']) for name in {COMMANDS}]"
+    code += "\ntry: start('run', ['quant=rtn', 'penalty=5'])\nexcept SystemExit as end: assert 'penalty' in str(end)\n"
+    code += "import bitfront.reports.tables, bitfront.reports.readme, bitfront.sweeps.recipes"
+    assert not loaded(code) & {"torch", "lightning", "pandas", "matplotlib", "wandb", "optuna"}
+
+
+@pytest.mark.parametrize("door", [("-m", "src.run"), ("-m", "bitfront.run"), ("-m", "bitfront", "run")])
+def test_doors_are_the_same(door: tuple[str, ...]) -> None:
+    words = [sys.executable, *door, "quant=rtn", "penalty=5"]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: quant=rtn has no option 'penalty'")

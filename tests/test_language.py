@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.text import Perplexity
 
-from src import config
-from src.cell import build_task
-from src.data import docstrings, text
-from src.data.corpus import SPLITS, Windows
-from src.errors import BitfrontError
-from src.evaluate import evaluate
-from src.models.transformer_lm import TransformerLM, sinusoids
-from src.quant.core import MB, eligible
-from src.quant.plan import Calibration, plan
-from src.record import read_all
-from src.tasks.core import EpochBatches
-from src.tasks.language import Language, WikiText103
+from bitfront.cells import compose
+from bitfront.cells.flow import build_task
+from bitfront.cells.record import read_all
+from bitfront.commands.evaluate import evaluate
+from bitfront.data import docstrings, text
+from bitfront.data.corpus import SPLITS, Windows
+from bitfront.errors import BitfrontError
+from bitfront.models.transformer_lm import TransformerLM, sinusoids
+from bitfront.quant.model import MB, eligible
+from bitfront.quant.plan import Calibration, plan
+from bitfront.tasks.batches import EpochBatches
+from bitfront.tasks.language import Language, WikiText103
 
 ADAPTIVE = {"vocabulary": 50, "dim": 16, "depth": 2, "heads": 2, "context": 12, "cutoffs": [10, 20], "factor": 2}
 SMALL = ("task.dim=64", "task.depth=2", "task.heads=2", "task.context=32", "task.overlap=16", "task.cutoffs=[64,96]")
 
 
 def task(name: str, *words: str) -> Language:
-    return build_task(config.load([f"task={name}", *words]))
+    return build_task(compose.load([f"task={name}", *words]))
 
 
 class Flat(nn.Module):
@@ -88,7 +88,9 @@ def test_metrics_depend_neither_on_batches_nor_on_processes() -> None:
     language = task("lm", "smoke=true")
     net = language.model().eval()
     whole = language.evaluate(net, "test")
-    assert replace(language, batch_size=7).evaluate(net, "test") == pytest.approx(whole)
+    assert replace(language, recipe=replace(language.recipe, batch_size=7)).evaluate(net, "test") == pytest.approx(
+        whole
+    )
     shares = [language.metrics(sync_on_compute=False) for _ in range(2)]
     windows = language.dataset("test")
     for rank, metrics in enumerate(shares):
@@ -196,8 +198,8 @@ def test_calibration_sees_what_every_matrix_gets() -> None:
 def test_nag_is_fairseqs() -> None:
     language = task("lm_wikitext103")
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
-    optimizer = language.optimizer([p])
-    expected, velocity, old = p.detach().clone(), torch.zeros(5, dtype=torch.float64), language.lr
+    optimizer = language.recipe.optimizer([p], language.decays)
+    expected, velocity, old = p.detach().clone(), torch.zeros(5, dtype=torch.float64), language.recipe.lr
     for lr in (1e-7, 0.1, 1.0, 0.7, 1e-4):
         p.grad = gradient = torch.randn(5, dtype=torch.float64)
         expected += 0.99**2 * (lr / old) * velocity - 1.99 * lr * gradient
@@ -209,13 +211,12 @@ def test_nag_is_fairseqs() -> None:
 
 def test_the_papers_learning_rate() -> None:
     language = task("lm_wikitext103")
-    rates = {
-        step: language.lr_factor(step, 1) * language.lr for step in (0, 8000, 16000, 151000, 285999, 286000, 556000)
-    }
+    recipe = language.recipe
+    rates = {step: recipe.lr_factor(step, 1) * recipe.lr for step in (0, 8000, 16000, 151000, 285999, 286000, 556000)}
     wanted = {0: 1e-7, 8000: 0.5, 16000: 1, 151000: 0.50005, 285999: 1e-4, 286000: 0.75, 556000: 0.75 * 0.50005}
     assert rates == pytest.approx(wanted, rel=1e-5)
-    assert language.lr_factor(286000 + 540000, 1) == pytest.approx(0.75**2)
-    assert language.clip == 0.1 and language.keep == "best" and language.batch_size * language.context == 24 * 3072
+    assert recipe.lr_factor(286000 + 540000, 1) == pytest.approx(0.75**2)
+    assert recipe.clip == 0.1 and recipe.keep == "best" and recipe.batch_size * language.context == 24 * 3072
 
 
 @pytest.fixture
@@ -367,7 +368,7 @@ def test_impossible_networks_and_windows_are_refused(word: str) -> None:
         task("lm", word)
 
 
-@pytest.mark.parametrize("word", ["task.cutoffs=[60000,20000]", "train.period=0", "train.momentum=1.0"])
+@pytest.mark.parametrize("word", ["task.cutoffs=[60000,20000]", "train.cycle=0", "train.momentum=1.0"])
 def test_impossible_recipes_are_refused(word: str) -> None:
     with pytest.raises(BitfrontError, match=word.partition("=")[0]):
         task("lm_wikitext103", word)
@@ -375,16 +376,16 @@ def test_impossible_recipes_are_refused(word: str) -> None:
 
 def test_the_papers_recipe_on_two_processes(wikitext: Path, tmp_path: Path) -> None:
     words = ("task=lm_wikitext103", "quant=diffq", "wandb=disabled", "trainer.accelerator=cpu", *SMALL)
-    recipe = ("task.vocabulary=168", "train.epochs=3", "train.warmup_updates=10", f"root={tmp_path / 'runs'}")
+    recipe = ("task.vocabulary=168", "train.epochs=3", "train.warmup_steps=10", f"root={tmp_path / 'runs'}")
     result = command("src.run", *words, *recipe, f"data_root={wikitext}", "trainer.devices=2")
     assert result.returncode == 0, result.stderr
-    (record,) = (r for r in read_all(tmp_path / "runs") if r["method"] == "diffq")
-    assert record["processes"] == 2 and len(record["history"]) == 3
-    assert record["primary"]["name"] == "ppl" and record["primary"]["value"] < 168
-    artifact = Path(record["artifact"])
-    assert evaluate(artifact, str(wikitext), "cpu") == record["metrics"]
+    (record,) = (r for r in read_all(tmp_path / "runs") if r.method == "diffq")
+    assert record.processes == 2 and len(record.history) == 3
+    assert record.primary.name == "ppl" and record.primary.value < 168
+    artifact = Path(record.artifact)
+    assert evaluate(artifact, str(wikitext), "cpu") == record.metrics
     otherwise = evaluate(artifact, str(wikitext), "cpu", ["task.overlap=0"])  # less context for each word
-    assert otherwise["test"]["loss"] != record["metrics"]["test"]["loss"]
+    assert otherwise["test"]["loss"] != record.metrics["test"]["loss"]
     for word, message in (("task.overlapp=0", "did you mean 'overlap'"), ("task.overlap=x", "takes a whole number")):
         with pytest.raises(BitfrontError, match=message):
             evaluate(artifact, str(wikitext), "cpu", [word])
@@ -402,14 +403,15 @@ def test_the_papers_configuration_at_full_width(tmp_path: Path) -> None:
     language = task("lm_wikitext103", f"data_root={tmp_path}", *short)
     assert isinstance(language, WikiText103)
     net = language.model().train()
-    optimizer = language.optimizer(net.parameters())
+    recipe = language.recipe
+    optimizer = recipe.optimizer(net.parameters(), language.decays)
     losses = []
     for step, batch in zip(range(20), language.loader("train"), strict=False):
-        optimizer.param_groups[0]["lr"] = language.lr * language.lr_factor(80 * step, 1)
+        optimizer.param_groups[0]["lr"] = recipe.lr * recipe.lr_factor(80 * step, 1)
         loss = language.loss(net, batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), language.clip)
+        nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
         optimizer.step()
         losses.append(loss.item())
     assert len(losses) == 20 and all(map(math.isfinite, losses)) and sum(losses[-3:]) < 3 * losses[0]
@@ -420,7 +422,7 @@ def test_softmax_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     net = TransformerLM(**ADAPTIVE).eval()
     words = torch.randint(50, (3, 13))
     whole = net(words[:, :-1], words[:, 1:])
-    monkeypatch.setattr("src.models.transformer_lm.CHUNK", 5)
+    monkeypatch.setattr("bitfront.models.transformer_lm.CHUNK", 5)
     assert torch.allclose(net(words[:, :-1], words[:, 1:]), whole, atol=1e-6)
     plain = TransformerLM(**ADAPTIVE | {"cutoffs": []}).eval()
     x = math.sqrt(16) * plain.words(words[:, :-1]) + plain.positions

@@ -12,15 +12,15 @@ import torch
 from conftest import REPOSITORY, ConvNet, TiedGPT
 from torch import nn
 
-from src.artifact import Artifact
-from src.config import check
-from src.errors import BitfrontError
-from src.quant.core import eligible
-from src.quant.diffq import DiffQ, DiffQQuantizer
-from src.quant.lsq import LSQ
-from src.quant.rtn import RTN
-from src.quant.ste import STE
-from src.training import Chain
+from bitfront.cells.check import check
+from bitfront.cells.training import Chain
+from bitfront.errors import BitfrontError
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.diffq import DiffQ, DiffQQuantizer
+from bitfront.quant.lsq import LSQ
+from bitfront.quant.model import eligible
+from bitfront.quant.rtn import RTN
+from bitfront.quant.ste import STE
 
 
 def stored_widths(path: Path) -> dict[str, torch.Tensor]:
@@ -237,7 +237,7 @@ def test_b14_a_step_stays_positive_when_an_optimizer_overshoots() -> None:
 
 def test_b15_the_test_split_chooses_nothing() -> None:
     """The validation set is the test set. (That a resumed run does not advance its schedule twice, test_run shows.)"""
-    from src.data.images import digits
+    from bitfront.data.images import digits
 
     rows = {split: {bytes(x.numpy().tobytes()) for x in digits(split).pixels} for split in ("train", "valid", "test")}
     sizes = {split: len(digits(split)) for split in rows}
@@ -266,6 +266,7 @@ def test_b17_widths_are_in_the_optimizer_that_the_trainer_sees() -> None:
 def test_b18_nothing_has_to_be_compiled() -> None:
     """Wheels exist for few versions of Python, all else needs a compiler."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    assert "build-system" not in project
-    kinds = {path.suffix for path in (REPOSITORY / "src").rglob("*") if path.is_file()}
-    assert kinds <= {".py", ".pyc", ".html", ".css", ".js"}
+    assert project["build-system"]["build-backend"] == "hatchling.build"  # which packs files, without a hook of ours
+    assert "hooks" not in project["tool"]["hatch"]["build"]
+    kinds = {path.suffix for path in (REPOSITORY / "src" / "bitfront").rglob("*") if path.is_file()}
+    assert kinds <= {".py", ".pyc", ".typed", ".html", ".css", ".js"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import gzip
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from conftest import REPOSITORY
 from playwright.sync_api import expect, sync_playwright
 from test_report import number
 
-from src.page import html
-from src.record import read_all
-from src.rows import MIB, Row, rows
+from bitfront.cells.record import Primary, Record, read_all
+from bitfront.reports.page import html
+from bitfront.reports.rows import MIB, Row, rows
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = os.environ.get("BITFRONT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -44,20 +46,32 @@ needs_browser = pytest.mark.skipif(
 
 
 @cache
-def records() -> list[dict[str, Any]]:
+def records() -> list[Record]:
     """The committed ones, one of them of an author of strange settings."""
     found = read_all(REPOSITORY / "results" / "records")
-    one = next(r for r in found if r["task"] == "resnet" and r["method"] == "decoupleq")
-    strange = json.loads(json.dumps(one)) | {"id": "0123456789", "setting": HOSTILE, "overrides": ["a=<b>", HOSTILE]}
-    strange["config"]["<i>"], strange["config"]["quant"]["bits"] = HOSTILE, 3
-    strange["widths"] = {f"{HOSTILE}{name}": counts for name, counts in strange["widths"].items()}
-    diverged = json.loads(json.dumps(one)) | {"id": "9876543210", "setting": "bits=1", "task": "diverged"}
-    diverged["primary"]["value"] = diverged["metrics"]["test"]["top1"] = math.nan
-    diverged["history"] = [{"epoch": 1, "train/loss": math.nan}]
-    far = [json.loads(json.dumps(one)) | {"id": f"{n}" * 10, "setting": f"bits={n}", "task": "far"} for n in (2, 3, 4)]
-    for each, bits, value in zip(far, (2, 3, 4), (12.5, 80.0, 81.0), strict=True):
-        each["config"]["quant"]["bits"], each["primary"]["value"] = bits, value
+    one = next(r for r in found if r.task == "resnet" and r.method == "decoupleq")
+    strange = changed(one, id="0123456789", setting=HOSTILE, overrides=["a=<b>", HOSTILE])
+    strange.config["<i>"], strange.config["quant"]["bits"] = HOSTILE, 3
+    for name in list(strange.widths):
+        strange.widths[HOSTILE + name] = strange.widths.pop(name)
+    diverged = changed(one, id="9876543210", setting="bits=1", task="diverged", primary=valued(one, math.nan))
+    diverged.metrics["test"]["top1"] = math.nan
+    diverged.history[:] = [{"epoch": 1, "train/loss": math.nan}]
+    far = []
+    for bits, value in ((2, 12.5), (3, 80.0), (4, 81.0)):
+        far.append(changed(one, id=f"{bits}" * 10, setting=f"bits={bits}", task="far", primary=valued(one, value)))
+        far[-1].config["quant"]["bits"] = bits
     return [*found, strange, diverged, *far]
+
+
+def changed(record: Record, **values: Any) -> Record:
+    """A copy that shares nothing with it."""
+    return replace(copy.deepcopy(record), **values)
+
+
+def valued(record: Record, value: float) -> Primary:
+    """Its headline metric with another value."""
+    return replace(record.primary, value=value)
 
 
 @cache
@@ -122,7 +136,7 @@ def no_sideways(page: Any) -> bool:
 
 @needs_browser
 def test_the_overview_has_every_task(page: Any) -> None:
-    there = sorted({record["task"] for record in records()} - {"diverged"})  # which has no number to show
+    there = sorted({record.task for record in records()} - {"diverged"})  # which has no number to show
     assert page.locator(".card.task h2").count() == len(there) == page.locator("nav a").count() - 1
     expect(page.locator(".card.task svg path.solid")).to_have_count(sum(map(len, tables().values())) - 1)
     assert no_sideways(page)
@@ -205,15 +219,16 @@ def test_a_point_tells_its_run_and_command(page: Any) -> None:
 @needs_browser
 def test_a_run_shows_its_whole_record_and_leads_back(page: Any) -> None:
     visit(page, "separation", "separation")
-    record = next(r for r in records() if (r["task"], r["method"]) == ("separation", "diffq"))
+    record = next(r for r in records() if (r.task, r.method) == ("separation", "diffq"))
     page.get_by_role("searchbox").fill("diffq")
-    page.locator("td a.run", has_text=record["id"]).click()
+    page.locator("td a.run", has_text=record.id).click()
     expect(page.locator("h1")).to_contain_text("diffq penalty=0.1")
     text = page.locator("main").inner_text()
-    assert "python -m src.run task=separation quant=diffq" in text and record["artifact_sha256"] in text
-    for key, value in (*record["config"]["quant"].items(), *record["environment"]["packages"].items()):
-        assert key in text and str(value if not isinstance(value, (list, type(None))) else "") in text, key
-    for name in record["widths"]:
+    assert "python -m src.run task=separation quant=diffq" in text and record.artifact_sha256 in text
+    for key, value in (*record.config["quant"].items(), *record.environment["packages"].items()):
+        shown = "" if isinstance(value, (list, type(None))) else str(value).lower()
+        assert key in text and shown in text.lower(), key
+    for name in record.widths:
         assert name.removesuffix(".weight") in text
     shown = {figure.get_attribute("aria-label") for figure in page.locator(".figure").all()}
     assert {"valid nsdr", "train, valid loss", "size, MB", "Weights by bits", "mean bits per weight"} <= shown
@@ -223,7 +238,7 @@ def test_a_run_shows_its_whole_record_and_leads_back(page: Any) -> None:
     page.go_back()
     expect(page.locator("h1")).to_have_text("separation")
     assert page.get_by_role("searchbox").input_value() == "diffq"
-    visit(page, f"run/{record['id']}", "diffq penalty=0.1")  # by its own address, too
+    visit(page, f"run/{record.id}", "diffq penalty=0.1")  # by its own address, too
     page.locator(".back a").click()
     expect(page.locator("h1")).to_have_text("separation")
 
@@ -233,19 +248,19 @@ def test_layers_of_methods_after_training(page: Any) -> None:
     visit(page, "lm", "lm")
     chart = page.get_by_role("group", name="relative loss of the layer's output")
     chart.locator("svg.lines").wait_for()
-    settings = sum("calibration" in row.records[0] for row in tables()["lm"])
+    settings = sum(bool(row.records[0].calibration) for row in tables()["lm"])
     expect(chart.locator("svg .line")).to_have_count(settings)
     chart.locator("svg.lines").focus()
     page.keyboard.press("ArrowRight")
     assert "python -m src.run" in chart.locator(".tip").inner_text()
-    record = next(r for r in records() if (r["task"], r["method"], r["setting"]) == ("lm", "decoupleq", "bits=2"))
-    visit(page, f"run/{record['id']}", "decoupleq bits=2")
+    record = next(r for r in records() if (r.task, r.method, r.setting) == ("lm", "decoupleq", "bits=2"))
+    visit(page, f"run/{record.id}", "decoupleq bits=2")
     table = page.get_by_role("region", name="Layers in the network's order")
     table.wait_for()
-    assert table.locator("tbody tr").count() == len(record["widths"])
+    assert table.locator("tbody tr").count() == len(record.widths)
     assert "gptq" in table.inner_text() and "stored" in table.inner_text()
     assert page.get_by_role("region", name="Blocks, tuned").locator("tbody tr").count() == len(
-        record["calibration"]["blocks"]
+        record.calibration["blocks"]
     )
     assert no_sideways(page)
 
@@ -300,8 +315,8 @@ def test_the_page_is_one_small_file_with_all_records() -> None:
     assert packed
     kept = json.loads(gzip.decompress(base64.b64decode(packed[1])))
     for record in records():
-        assert kept[record["id"]]["config"] == record["config"]
-        assert kept[record["id"]]["widths"] == record["widths"]
-        for shown, epoch in zip(kept[record["id"]]["history"], record["history"], strict=True):
+        assert kept[record.id]["config"] == record.config
+        assert kept[record.id]["widths"] == record.widths
+        for shown, epoch in zip(kept[record.id]["history"], record.history, strict=True):
             finite = {key: value for key, value in epoch.items() if math.isfinite(value)}
             assert {key: value for key, value in shown.items() if value is not None} == pytest.approx(finite, rel=1e-5)

@@ -14,23 +14,24 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from src import config
-from src.artifact import Artifact
-from src.cell import build
-from src.quant.core import MB, Float, Method, QuantizedModel, Trained
+from bitfront.cells import compose
+from bitfront.cells.flow import build_method
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.core import Float, Method, Trained
+from bitfront.quant.model import MB, QuantizedModel
 
 Tiny = tuple[type[nn.Module], Tensor]
 MIN_SIZE = 100 * 4 / MB  # tensors of more than 100 values
 
 
-@pytest.fixture(params=config.options("quant"))
+@pytest.fixture(params=compose.options("quant"))
 def method(request: pytest.FixtureRequest) -> Method:
-    return replace(build(config.load([f"quant={request.param}"])["quant"]), min_size=MIN_SIZE)
+    return replace(build_method(compose.load([f"quant={request.param}"])), min_size=MIN_SIZE)
 
 
-@pytest.mark.parametrize("name", config.options("quant"))
+@pytest.mark.parametrize("name", compose.options("quant"))
 def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
-    node = OmegaConf.to_container(OmegaConf.load(config.CONF / "quant" / f"{name}.yaml"), resolve=True)["quant"]
+    node = OmegaConf.to_container(compose.files(quant=name).quant, resolve=True)
     method = get_class(node.pop("_target_"))()
     useless = {"min_size", "exclude", "layers", "reestimate_bn"} if isinstance(method, Float) else set()
     assert node == {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name not in useless}
@@ -163,7 +164,7 @@ def test_a_network_with_nothing_to_quantize_is_float(method: Method, tiny: Tiny)
 
 
 def test_checkpointing_networks_are_refused() -> None:
-    from src.errors import BitfrontError
+    from bitfront.errors import BitfrontError
 
     network = TiedGPT()
     network.grad_checkpointing = True

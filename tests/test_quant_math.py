@@ -13,11 +13,14 @@ import torch
 from conftest import attach
 from torch import Tensor, nn
 
-from src.quant.core import MB, Float, Frozen, QuantizedModel, Trained, eligible
-from src.quant.diffq import DiffQ, DiffQQuantizer
-from src.quant.lsq import LSQ, LSQQuantizer
-from src.quant.rtn import RTN, round_to_nearest
-from src.quant.ste import STE
+from bitfront.quant.core import Float, Trained
+from bitfront.quant.diffq import DiffQ, DiffQQuantizer
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.lsq import LSQ, LSQQuantizer
+from bitfront.quant.model import MB, QuantizedModel, eligible
+from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.rtn import RTN
+from bitfront.quant.ste import STE
 
 
 @cache

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import csv
 import functools
-import os
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-from src import config
-from src.cell import build, build_task
-from src.quant.calibration import PostTraining
-from src.quant.core import Float, Method
-from src.quant.ste import STE
+from bitfront.cells import compose
+from bitfront.cells.check import check
+from bitfront.cells.compose import Config
+from bitfront.cells.flow import build_method, build_task
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.core import Float, Method
+from bitfront.quant.ste import STE
+from bitfront.sweeps.recipes import lines, recipes
 
 RECIPES = REPOSITORY / "recipes"
-SCRIPTS = sorted(RECIPES.glob("*/*.sh"))
-FOLDERS = sorted({path.parent for path in SCRIPTS})
+FOLDERS = sorted({RECIPES / Path(name).parent for name in recipes()})
 PAPERS = sorted(path.parent for path in RECIPES.glob("*/paper.csv"))
 HEADER = "recipe,table,model,task,method,setting,metric,value,size,certainty,source,note"
-EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+EACH = pytest.mark.parametrize("name", recipes())
 IN_EACH = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 OF_PAPERS = pytest.mark.parametrize("folder", PAPERS, ids=lambda path: path.name)
 
 
-def commands(script: Path) -> list[str]:
-    """A recipe's command lines."""
-    joined = script.read_text().replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line and not line.startswith(("#", ". "))]
-
-
-def words(command: str) -> list[str]:
-    """The overrides of a command line."""
-    return [word for word in shlex.split(command)[4:] if word != "$@"]
-
-
-def cells(command: str) -> list[list[str]]:
-    """The overrides of each job of a command line's sweep, as Hydra expands it."""
-    overrides = OverridesParser.create().parse_overrides(words(command))
-    (batch,) = BasicSweeper.split_arguments(overrides, None)
+def cells(line: list[str]) -> list[list[str]]:
+    """The words of each cell of a line, as Hydra expands its sweep."""
+    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(line), None)
     return batch
 
 
@@ -61,34 +46,24 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @functools.cache
-def loaded(script: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+def loaded(name: str) -> dict[tuple[str, str, str], Config]:
     """Every cell of a recipe by task, method and setting, as its record has them."""
-    every = [config.load(overrides) for command in commands(script) for overrides in cells(command)]
-    return {(cell["names"]["task"], cell["names"]["quant"], cell["setting"]): cell for cell in every}
+    every = [compose.load(words) for line in lines(name) for words in cells(line)]
+    return {(cell.task, cell.method, cell.setting): cell for cell in every}
 
 
-def full_size(cell: dict[str, Any]) -> tuple[nn.Module, Method]:
+def full_size(cell: Config) -> tuple[nn.Module, Method]:
     """A cell's network at full size, without its memory, and method."""
     with torch.device("meta"):
-        return build_task(cell).model(), build(cell["quant"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    """Hundreds of cells that have their task and method in common: compose what is the same once."""
-    compose = functools.cache(config._compose)
-    with initialize_config_dir(str(config.CONF), version_base="1.3"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "_compose", lambda overrides: compose(tuple(overrides)))
-        yield
+        return build_task(cell).model(), build_method(cell)
 
 
 @EACH
-def test_every_line_composes_and_takes_more_options(script: Path) -> None:
-    for command in commands(script):
-        assert command.startswith("python -m src.run -m ") and command.endswith(' "$@"')
-        config.check(["-m", *words(command), "smoke=true", "data_root=elsewhere", "cluster=slurm"])
-    assert loaded(script)
-    assert os.access(script, os.X_OK)
+def test_every_line_composes_and_takes_more_options(name: str) -> None:
+    for line in lines(name):
+        check([*line, "smoke=true", "data_root=elsewhere", "cluster=slurm"])
+    assert loaded(name)
+    assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
 
 
 @OF_PAPERS
@@ -109,39 +84,39 @@ def test_a_number_with_a_recipe_is_of_one_of_its_cells(folder: Path) -> None:
     for row in rows(folder):
         if row["recipe"]:
             key = row["task"], row["method"], row["setting"]
-            assert key in loaded(folder / f"{row['recipe']}.sh"), key
+            assert key in loaded(f"{folder.name}/{row['recipe']}"), key
 
 
 @IN_EACH
 def test_the_readme_names_every_recipe_its_cells_and_which_has_no_published_number(folder: Path) -> None:
-    lines = (folder / "README.md").read_text().splitlines()
-    scripts = {path.name for path in folder.glob("*.sh")}
-    assert set(re.findall(r"[\w-]+\.sh", "\n".join(lines))) == scripts
-    compared = {f"{row['recipe']}.sh" for row in rows(folder) if row["recipe"]} if folder in PAPERS else scripts
-    for script in scripts:
-        (about,) = (line for line in lines if line.startswith("|") and f"`{script}`" in line)
-        assert ("no published number" in about) == (script not in compared), about
-        assert f"| {sum(len(cells(command)) for command in commands(folder / script))} |" in about
+    about = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", (folder / "README.md").read_text(), re.MULTILINE))
+    assert set(about) == {Path(name).name for name in recipes() if Path(name).parent.name == folder.name}
+    compared = {row["recipe"] for row in rows(folder) if row["recipe"]} if folder in PAPERS else set(about)
+    for name, text in about.items():
+        assert ("no published number" in text) == (name not in compared), text
+        assert f"| {sum(len(cells(line)) for line in lines(f'{folder.name}/{name}'))} |" in text, text
 
 
 def test_settings_of_layers_and_groups_fit_the_networks_at_full_size() -> None:
     """Which smoke runs do not build."""
-    lines = [c for script in SCRIPTS for c in commands(script) if "quant.layers=" in c or "group_size=64" in c]
-    for command in lines:
-        for overrides in cells(command):
-            network, method = full_size(config.load(overrides))
+    special = [
+        line for name in recipes() for line in lines(name) if any("layers=" in w or w == "group_size=64" for w in line)
+    ]
+    for line in special:
+        for words in cells(line):
+            network, method = full_size(compose.load(words))
             weights = method.eligible(network)  # refuses names that it does not have
             if isinstance(method, PostTraining):
                 method.check_shapes({name: w.shape for name, w in weights.items()})
-    assert len(lines) >= 5
+    assert len(special) >= 5
 
 
 def test_computed_sizes_are_those_of_our_cells() -> None:
     compared = 0
     for row in rows(RECIPES / "diffq"):
         if row["certainty"] == "computed" and row["recipe"]:
-            script = RECIPES / "diffq" / f"{row['recipe']}.sh"
-            network, method = full_size(loaded(script)[row["task"], row["method"], row["setting"]])
+            cell = loaded(f"diffq/{row['recipe']}")[row["task"], row["method"], row["setting"]]
+            network, method = full_size(cell)
             assert isinstance(method, (Float, STE))
             size = method.attach(network).megabytes().item()
             assert f"{size:.{len(row['size'].partition('.')[2])}f}" == row["size"], row
@@ -153,23 +128,12 @@ def test_every_folder_has_its_numbers_and_readme() -> None:
     assert set(FOLDERS) == {path.parent for path in RECIPES.glob("*/README.md")} == {*PAPERS, RECIPES / "bitfront"}
 
 
-def test_a_line_that_fails_does_not_stop_the_next_but_fails_the_recipe(tmp_path: Path) -> None:
-    def outcome(body: str) -> tuple[int, list[str]]:
-        text = f'. "{RECIPES}/lines.sh"\n{body}\necho "$@" in "$PWD"\n'
-        result = subprocess.run(["bash", "-c", text, "x", "a=1"], cwd=tmp_path, capture_output=True, text=True)
-        return result.returncode, result.stdout.splitlines()
-
-    assert outcome("true") == (0, [f"a=1 in {REPOSITORY}"])
-    assert outcome("false") == (1, [f"a=1 in {REPOSITORY}"])
-    assert outcome("kill -INT $$") == (130, [])
-
-
 @pytest.mark.slow
 @EACH
-def test_every_line_runs_in_smoke_mode(script: Path, tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def test_every_recipe_runs_in_smoke_mode(name: str, tmp_path: Path) -> None:
     options = ("smoke=true", "wandb=disabled", "trainer.accelerator=cpu", f"root={tmp_path}", "data_root=/nowhere")
-    result = subprocess.run([script, *options], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
+    command = [sys.executable, "-m", "src.run", f"recipe={name}", *options]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
     records = {path.parent.parent.parent.name for path in tmp_path.glob("*/*/*/record.json")}
-    assert records == {key[0] for key in loaded(script)}
+    assert records == {key[0] for key in loaded(name)}

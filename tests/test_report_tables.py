@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import re
-from typing import Any
 
 import pytest
 from rich.console import Console
 from test_report import fake, number
 
-from src.rows import MIB, rows
-from src.tables import as_csv, columns, latex, markdown, show, tex
+from bitfront.cells.record import Record
+from bitfront.reports.columns import columns
+from bitfront.reports.papers import Published
+from bitfront.reports.rows import MIB, Row, rows
+from bitfront.reports.tables import as_csv, latex, markdown, show, tex
 
 
-def printed(table: list[Any], width: int) -> str:
+def printed(table: list[Row], width: int) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
     show(table, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -63,7 +65,7 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
 
 
 def test_times_are_by_device() -> None:
-    def run(seed: int, seconds: float, **device: str) -> dict[str, Any]:
+    def run(seed: int, seconds: float, **device: str) -> Record:
         stages = {"train": {"seconds": seconds}, "evaluate": {"seconds": 9.0}}
         return fake("a", 1000, 80.0, seed, stages=stages, **device)
 
@@ -97,7 +99,7 @@ def test_pipes_do_not_break_markdown() -> None:
 
 
 @pytest.mark.parametrize("papers", [[], [number(79.5, certainty="recalled")]])
-def test_latex_is_well_formed(papers: list[Any]) -> None:
+def test_latex_is_well_formed(papers: list[Published]) -> None:
     records = [fake("lsq", 1000, 80.0), fake("lsq", 1000, 82.0, 1), fake("ste", 2000, 70.0, setting=HOSTILE)]
     text = latex(rows(records, papers))
     parse(text)

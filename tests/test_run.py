@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, cli
 
-from src import config, run
-from src.evaluate import compared
-from src.record import environment, read, read_all, sha256
+from bitfront.cells.cell import Cell
+from bitfront.cells.provenance import environment
+from bitfront.cells.record import Record, read, read_all, sha256
+from bitfront.cells.runs import Run
+from bitfront.commands.evaluate import compared
+from bitfront.quant.artifact import Artifact
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
 
@@ -25,7 +30,7 @@ SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over every method, once for this file."""
     root = tmp_path_factory.mktemp("runs")
-    result = command("src.run", "-m", *SMOKE, "quant=glob(*)", f"root={root}")
+    result = cli("run", "-m", *SMOKE, "quant=glob(*)", f"root={root}")
     assert result.returncode == 0, result.stderr
     return root
 
@@ -36,36 +41,43 @@ def only(root: Path, method: str) -> Path:
     return path
 
 
+def record_of(path: Path) -> Record:
+    """Of a run directory."""
+    record = read(path / "record.json")
+    assert record
+    return record
+
+
 def test_every_method_leaves_a_file_and_a_record(root: Path) -> None:
-    records = {record["method"]: record for record in read_all(root)}
+    records = {record.method: record for record in read_all(root)}
     assert set(records) == {path.stem for path in (REPOSITORY / "conf" / "quant").glob("*.yaml")}
-    start = records["float"]["artifact_sha256"]
+    start = records["float"].artifact_sha256
     for method, record in records.items():
         artifact = only(root, method) / "model.safetensors"
-        assert record["sizes"]["file"] == artifact.stat().st_size
-        assert record["artifact_sha256"] == sha256(artifact)
-        assert record["primary"]["value"] == record["metrics"]["test"]["top1"]
-        assert record["init_sha256"] in ((None,) if method == "float" else (start, None))
-        assert {"git", "packages", "machine"} <= set(record["environment"])
+        assert record.sizes.file == artifact.stat().st_size
+        assert record.artifact_sha256 == sha256(artifact)
+        assert record.primary.value == record.metrics["test"]["top1"]
+        assert record.init_sha256 in ((None,) if method == "float" else (start, None))
+        assert {"git", "packages", "machine"} <= set(record.environment)
         assert not (only(root, method) / "last.ckpt").exists()
         if method != "float":
-            assert record["sizes"]["file"] < 0.5 * records["float"]["sizes"]["file"]
-            assert record["sizes"]["rule_mb"] * 2**20 == pytest.approx(record["sizes"]["payload"], rel=0.02)
-    assert len(records["diffq"]["history"]) == 2
-    assert {"train/loss", "valid/top1", "size_mb"} <= set(records["diffq"]["history"][0])
+            assert record.sizes.file < 0.5 * records["float"].sizes.file
+            assert record.sizes.rule_mb * 2**20 == pytest.approx(record.sizes.payload, rel=0.02)
+    assert len(records["diffq"].history) == 2
+    assert {"train/loss", "valid/top1", "size_mb"} <= set(records["diffq"].history[0])
 
 
 def test_evaluation_of_the_file_repeats_the_record(root: Path) -> None:
     for method in ("float", "diffq", "lsq"):
         path = only(root, method)
-        result = command("src.evaluate", f"artifact={path / 'model.safetensors'}", "accelerator=cpu")
+        result = cli("evaluate", f"artifact={path / 'model.safetensors'}", "accelerator=cpu")
         assert "the same as in its record" in result.stdout, result.stdout + result.stderr
-        metrics = read(path / "record.json")["metrics"]  # type: ignore[index]
-        assert repr(metrics["test"]["top1"]) in result.stdout
+        assert repr(record_of(path).metrics["test"]["top1"]) in result.stdout
 
 
-def test_evaluation_says_by_how_much_the_record_differs() -> None:
-    recorded = {"metrics": {"valid": {"loss": 0.5}, "test": {"loss": 0.2, "top1": math.nan}}, "device": "H100"}
+def test_evaluation_says_by_how_much_the_record_differs(root: Path) -> None:
+    metrics = {"valid": {"loss": 0.5}, "test": {"loss": 0.2, "top1": math.nan}}
+    recorded = replace(record_of(only(root, "rtn")), metrics=metrics, device="H100")
     measured = {"valid": {"loss": 0.5}, "test": {"loss": 0.2, "top1": math.nan, "new": 1.0}}
     assert compared(measured, recorded) == "the same as in its record"
     measured["test"]["loss"] = 0.201
@@ -76,58 +88,118 @@ def test_evaluation_says_by_how_much_the_record_differs() -> None:
 
 def test_evaluation_needs_nothing_but_the_file(root: Path, tmp_path: Path) -> None:
     shutil.copy(only(root, "diffq") / "model.safetensors", tmp_path / "x.safetensors")
-    result = command("src.evaluate", f"artifact={tmp_path / 'x.safetensors'}", "accelerator=cpu")
+    result = cli("evaluate", f"artifact={tmp_path / 'x.safetensors'}", "accelerator=cpu")
     assert result.returncode == 0 and "top1" in result.stdout and "record" not in result.stdout
+
+
+CRAFTED: dict[str, Any] = {
+    "a class": {"task": "leaves_a_mark.Task"},
+    "a target": {"task": {"_target_": "leaves_a_mark.Task"}},
+    "a target among the values": {"config": {"task": {"_target_": "leaves_a_mark.Task"}}},
+    "a function": {"task": "os.system", "config": {"task": {"command": "touch mark"}}},
+    "a place for a task": {"task": "../../elsewhere/task"},
+    "a module for a network": {"task": "resnet", "config": {"task": {"network": "leaves_a_mark.build"}}},
+    "a folder for data": {"config": {"task": {"data": "../../etc"}}},
+    "a home for data": {"config": {"task": {"data": "~"}}},
+    "an unknown key": {"config": {"task": {"loader": "leaves_a_mark"}}},
+    "another type": {"config": {"task": {"dim": "leaves_a_mark"}}},
+    "a place for the language model": {"task": "asr", "config": {"task": {"lm": "/leaves_a_mark", "beam": 5}}},
+    "no mapping": {"config": ["leaves_a_mark"]},
+    "a nested class": {"task": "separation", "config": {"task": {"demucs": {"_target_": "leaves_a_mark.Task"}}}},
+    "nothing": {"task": None},
+}
+
+
+@pytest.mark.parametrize("about", CRAFTED.values(), ids=CRAFTED)
+def test_a_file_decides_on_no_code_and_no_place(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, about: dict[str, Any]
+) -> None:
+    """A crafted header is refused in one line, and nothing that it names is imported, called or read."""
+    (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Task: pass\nbuild = Task")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    artifact = Artifact.load(only(root, "rtn") / "model.safetensors")
+    artifact.about = artifact.about | about
+    artifact.save(tmp_path / "crafted.safetensors")
+    result = cli("evaluate", f"artifact={tmp_path / 'crafted.safetensors'}", "accelerator=cpu")
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
+    assert not (tmp_path / "mark").exists() and "leaves_a_mark" not in sys.modules
+
+
+def test_a_checkpoint_is_data(tmp_path: Path) -> None:
+    """What Lightning resumes from is read without the power to call."""
+    import torch
+
+    words = [*SMOKE, "quant=float", f"root={tmp_path}", "wandb=disabled"]
+    run = Cell(words).run()
+    assert run is not None
+    run.path.mkdir(parents=True)
+    torch.save({"state_dict": Mark(tmp_path / "mark")}, run.checkpoint)
+    result = cli("run", *words)
+    assert result.returncode == 1 and "damaged" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+class Mark:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
 
 
 def test_a_finished_cell_is_not_run_again(root: Path) -> None:
     before = (only(root, "diffq") / "record.json").stat().st_mtime_ns
-    began = time.perf_counter()
-    result = command("src.run", *SMOKE, "quant=diffq", f"root={root}")
-    assert time.perf_counter() - began < 5
+    result = cli("run", *SMOKE, "quant=diffq", f"root={root}")
     assert "finished before" in result.stdout and result.returncode == 0
     assert (only(root, "diffq") / "record.json").stat().st_mtime_ns == before
 
 
 KILLED = """
 import os, signal, sys
-from src import run, training
+from bitfront.cells import training
+from bitfront.cells.cell import Cell
 real = training.Training.training_step
 def step(self, batch, index):
     if self.current_epoch == 1 and index == 1 and self.model.names:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, batch, index)
 training.Training.training_step = step
-run.run_cell(sys.argv[1:])
+Cell(sys.argv[1:]).execute()
 """
+
+
+def killed(code: str, words: list[str]) -> int:
+    """How a process of its own ends."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True).returncode
 
 
 @pytest.mark.parametrize("method", ["diffq", "lsq"])
 def test_killed_and_rerun_ends_like_an_uninterrupted_run(root: Path, tmp_path: Path, method: str) -> None:
     words = [*SMOKE, f"quant={method}", f"root={tmp_path}", "wandb=disabled"]
     shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=REPOSITORY, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed(KILLED, words) == -signal.SIGKILL
     path = only(tmp_path, method)
     assert (path / "last.ckpt").is_file() and not (path / "record.json").exists()
-    assert command("src.run", *words).returncode == 0
-    again, straight = read(path / "record.json"), read(only(root, method) / "record.json")
-    assert again and straight
-    assert again["artifact_sha256"] == straight["artifact_sha256"]
-    assert again["metrics"] == straight["metrics"] and again["history"] == straight["history"]
+    assert cli("run", *words).returncode == 0
+    again, straight = record_of(path), record_of(only(root, method))
+    assert again.artifact_sha256 == straight.artifact_sha256
+    assert again.metrics == straight.metrics and again.history == straight.history
 
 
 KILLED_CALIBRATING = """
 import os, signal, sys
-from src import run
-from src.quant import calibration
+from bitfront.cells.cell import Cell
+from bitfront.quant import calibration
 real = calibration.quantize
 def quantize(*arguments):
     if arguments[-1] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 calibration.quantize = quantize
-run.run_cell(sys.argv[1:])
+Cell(sys.argv[1:]).execute()
 """
 
 
@@ -136,34 +208,30 @@ def test_killed_after_some_blocks_and_rerun_ends_like_an_uninterrupted_run(
     root: Path, tmp_path: Path, words: list[str]
 ) -> None:
     words = [*SMOKE, "quant=decoupleq", *words, "wandb=disabled"]
-    shutil.copytree(root / "vit" / "float", tmp_path / "a" / "vit" / "float")
-    shutil.copytree(root / "vit" / "float", tmp_path / "b" / "vit" / "float")
+    for name in "ab":
+        shutil.copytree(root / "vit" / "float", tmp_path / name / "vit" / "float")
     code = KILLED if "quant.sft=true" in words else KILLED_CALIBRATING
-    killed = subprocess.run(
-        [sys.executable, "-c", code, *words, f"root={tmp_path / 'a'}"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed(code, [*words, f"root={tmp_path / 'a'}"]) == -signal.SIGKILL
     path = only(tmp_path / "a", "decoupleq")
     assert (path / "blocks" / "0000.pt").is_file() and not (path / "record.json").exists()
-    resumed, straight = (command("src.run", *words, f"root={tmp_path / name}") for name in "ab")
+    resumed, straight = (cli("run", *words, f"root={tmp_path / name}") for name in "ab")
     assert resumed.returncode == straight.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
-    again, once = (read(only(tmp_path / name, "decoupleq") / "record.json") for name in "ab")
-    assert again and once
-    assert again["artifact_sha256"] == once["artifact_sha256"] and again["metrics"] == once["metrics"]
-    names = [[layer["name"] for layer in record["calibration"]["layers"]] for record in (again, once)]
-    assert names[0] == names[1] and set(names[0]) == set(once["widths"])
-    assert len(once["history"]) == (2 if "quant.sft=true" in words else 0)
+    again, once = (record_of(only(tmp_path / name, "decoupleq")) for name in "ab")
+    assert again.artifact_sha256 == once.artifact_sha256 and again.metrics == once.metrics
+    names = [[layer["name"] for layer in record.calibration["layers"]] for record in (again, once)]
+    assert names[0] == names[1] and set(names[0]) == set(once.widths)
+    assert len(once.history) == (2 if "quant.sft=true" in words else 0)
     assert not (path / "blocks").exists() and not (path / "last.ckpt").exists()
 
 
 def test_layers_with_settings_of_their_own_from_the_command_line(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
-    result = command(
-        "src.run", *SMOKE, "quant=gptq", "quant.layers={blocks.0.*: {bits: 8}}", f"root={tmp_path}", "wandb=disabled"
+    result = cli(
+        "run", *SMOKE, "quant=gptq", "quant.layers={blocks.0.*: {bits: 8}}", f"root={tmp_path}", "wandb=disabled"
     )
     assert result.returncode == 0, result.stderr
-    widths = read(only(tmp_path, "gptq") / "record.json")["widths"]  # type: ignore[index]
+    widths = record_of(only(tmp_path, "gptq")).widths
     assert {name: len(counts) - 1 for name, counts in widths.items()} == {
         name: 8 if name.startswith("blocks.0.") else 4 for name in widths
     }
@@ -171,15 +239,15 @@ def test_layers_with_settings_of_their_own_from_the_command_line(root: Path, tmp
 
 def test_start_from_an_artifact_given_by_path(root: Path, tmp_path: Path) -> None:
     start = only(root, "float") / "model.safetensors"
-    result = command("src.run", *SMOKE, "quant=rtn", f"init_from={start}", f"root={tmp_path}")
+    result = cli("run", *SMOKE, "quant=rtn", f"init_from={start}", f"root={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert read(only(tmp_path, "rtn") / "record.json")["init_sha256"] == sha256(start)  # type: ignore[index]
+    assert record_of(only(tmp_path, "rtn")).init_sha256 == sha256(start)
     # The same start under another name is the same cell.
     assert only(tmp_path, "rtn").name == only(root, "rtn").name
 
 
 def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
-    result = command("src.report", str(root), f"out={tmp_path}")
+    result = cli("report", str(root), f"out={tmp_path}")
     assert result.returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
     tables = {f"vit-smoke.{kind}" for kind in ("csv", "md", "tex", "png", "svg")}
@@ -206,7 +274,7 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_users_mistake_is_one_clear_message(words: tuple[str, ...], answer: str, tmp_path: Path) -> None:
-    result = command("src.run", *SMOKE, f"root={tmp_path}", *words)
+    result = cli("run", *SMOKE, f"root={tmp_path}", *words)
     assert result.returncode != 0
     assert answer in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
@@ -214,38 +282,44 @@ def test_a_users_mistake_is_one_clear_message(words: tuple[str, ...], answer: st
 
 
 def test_a_failed_cell_is_recorded_does_not_stop_the_sweep_and_is_tried_again(tmp_path: Path) -> None:
-    result = command("src.run", "-m", *SMOKE, "train.lr=1e30,1e-3", f"root={tmp_path}")
+    result = cli("run", "-m", *SMOKE, "train.lr=1e30,1e-3", f"root={tmp_path}")
     assert result.returncode != 0 and "lower train.lr" in result.stderr
     records = [json.loads(p.read_text()) for p in tmp_path.rglob("record.json")]
     assert sorted(r["status"] for r in records) == ["failed", "finished"]
     assert len(read_all(tmp_path)) == 1
-    assert "lower train.lr" in command("src.run", *SMOKE, "train.lr=1e30", f"root={tmp_path}").stderr
+    assert "lower train.lr" in cli("run", *SMOKE, "train.lr=1e30", f"root={tmp_path}").stderr
 
 
 def test_a_sweep_over_methods_can_fix_options_that_only_they_have(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
     words = ("quant=rtn,gptq", "bits=3", "quant.samples=64", "quant.layers={head*: {bits: 2}}", "quant.min_size=0.0")
-    result = command("src.run", "-m", *SMOKE, *words, f"root={tmp_path}", "wandb=disabled")
+    result = cli("run", "-m", *SMOKE, *words, f"root={tmp_path}", "wandb=disabled")
     assert result.returncode == 0, result.stderr
-    records = [r for r in read_all(tmp_path) if r["method"] != "float"]
-    assert sorted(r["method"] for r in records) == ["gptq", "rtn"]
+    records = [r for r in read_all(tmp_path) if r.method != "float"]
+    assert sorted(r.method for r in records) == ["gptq", "rtn"]
     for r in records:
-        assert (
-            r["config"]["bits"] == 3 and r["config"]["quant"]["samples"] == 64 and len(r["widths"]["head.weight"]) == 3
-        )
+        assert r.config["bits"] == 3 and r.config["quant"]["samples"] == 64 and len(r.widths["head.weight"]) == 3
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from bitfront.cells.runs import Run
+with Run(Path(sys.argv[1])).locked(wait=False):
+    print("held", flush=True)
+    input()
+"""
 
 
 def test_a_cell_that_is_running_elsewhere_is_left_alone(root: Path, tmp_path: Path) -> None:
-    import fcntl
-
     path = tmp_path / "vit" / "float" / only(root, "float").name
-    path.mkdir(parents=True)
-    with open(path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("process 1 on elsewhere")
-        lock.flush()
-        result = command("src.run", *SMOKE, "quant=float", f"root={tmp_path}")
-    assert result.returncode != 0 and "running already (process 1 on elsewhere" in result.stderr
+    words = [sys.executable, "-c", HOLD, str(path)]
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n" and Run(path).held()
+    result = cli("run", *SMOKE, "quant=float", f"root={tmp_path}")
+    assert result.returncode != 0 and f"running already (process {holder.pid} on " in result.stderr, result.stderr
+    holder.communicate("\n")
+    assert not Run(path).held()
 
 
 @pytest.mark.parametrize("damage", ["checkpoint", "artifact", "start"])
@@ -254,54 +328,62 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path, damage: str) -> Non
         path = tmp_path / "vit" / "float" / only(root, "float").name
         path.mkdir(parents=True)
         (path / "last.ckpt").write_bytes(b"PK half a file")
-        result = command("src.run", *SMOKE, "quant=float", f"root={tmp_path}")
+        result = cli("run", *SMOKE, "quant=float", f"root={tmp_path}")
     else:
         data = (only(root, "float") / "model.safetensors").read_bytes()
         broken = tmp_path / "broken"
         broken.write_bytes(data[:-100])
-        words = ("src.evaluate", f"artifact={broken}")
+        words = ("evaluate", f"artifact={broken}")
         if damage == "start":
-            words = ("src.run", *SMOKE, "quant=rtn", f"init_from={broken}", f"root={tmp_path}")
-        result = command(*words)
+            words = ("run", *SMOKE, "quant=rtn", f"init_from={broken}", f"root={tmp_path}")
+        result = cli(*words)
     assert result.returncode != 0 and "damaged" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
     words = [*SMOKE, "quant=float", f"root={tmp_path}", "wandb=disabled"]
     code = KILLED.replace("SIGKILL", "SIGINT").replace(" and self.model.names", "")
-    stopped = subprocess.run([sys.executable, "-c", code, *words], cwd=REPOSITORY, capture_output=True, text=True)
-    assert stopped.returncode != 0
+    assert killed(code, words) != 0
     assert (only(tmp_path, "float") / "last.ckpt").is_file()
-    assert command("src.run", *words).returncode == 0
+    assert cli("run", *words).returncode == 0
 
 
 def test_a_start_has_the_network_that_model_names() -> None:
-    words = ["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]
-    assert run.float_start(config.load(words), words) == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]
-    words = ["task=resnet", "quant=float", "init_from=float", "train.epochs=2", "train.lr=0.01"]  # trained on
-    start = run.float_start(config.load(words), words)
-    assert start == ["task=resnet", "quant=float"] and run.float_start(config.load(start), start) is None
+    start = Cell(["task=resnet", "model=mobilenet", "quant=lsq", "bits=3", "root=x"]).start
+    assert start and start.words == ["task=resnet", "model=mobilenet", "root=x", "quant=float"]
+    trained_on = Cell(["task=resnet", "quant=float", "init_from=float", "train.epochs=2", "train.lr=0.01"])
+    assert trained_on.start and trained_on.start.words == ["task=resnet", "quant=float"]
+    assert trained_on.start.start is None
 
 
-def test_code_and_configuration_make_a_run_dirty_and_nothing_else_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(environment.__globals__, "__file__", str(tmp_path / "src" / "record.py"))
-    for name in ("src/a.py", "conf/a.yaml", "README.md"):
+def test_half_precision_without_a_gpu_is_no_other_precision(tmp_path: Path) -> None:
+    result = cli("run", *SMOKE, "quant=float", "trainer.precision=16-mixed", f"root={tmp_path}")
+    assert result.returncode and "16-mixed is for GPUs; choose bf16-mixed" in result.stderr
+    assert not read_all(tmp_path)
+
+
+def test_code_and_configuration_make_a_run_dirty_and_nothing_else_does(tmp_path: Path) -> None:
+    for name in ("src/errors.py", "conf/a.yaml", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a")
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
         subprocess.run([*git, *words], check=True)
 
+    def about() -> dict[str, Any]:
+        return environment(tmp_path / "src", tmp_path / "conf")
+
     def dirty(name: str) -> bool:
         before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("b")
-        found = environment()["dirty"]
+        found = about()["dirty"]
         (tmp_path / name).unlink() if before is None else (tmp_path / name).write_text(before)
-        assert not environment()["dirty"]
+        assert not about()["dirty"]
         return bool(found)
 
-    assert all(dirty(name) for name in ("src/a.py", "src/new.py", "conf/a.yaml", "conf/new.yaml"))
+    assert all(dirty(name) for name in ("src/errors.py", "src/new.py", "conf/a.yaml", "conf/new.yaml"))
     assert not any(dirty(name) for name in ("README.md", "tuning/record.json"))
+    installed = tmp_path / "venv" / "bitfront"  # within a repository that does not know it
+    installed.mkdir(parents=True)
+    assert (environment(installed, installed)["git"], environment(installed, installed)["dirty"]) == (None, False)

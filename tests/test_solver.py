@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.errors import BitfrontError
-from src.packed import Packed
-from src.quant import solver
-from src.quant.calibration import PostTraining
-from src.quant.decoupleq import DecoupleQ
-from src.quant.gptq import GPTQ
-from src.quant.inputs import Moments
-from src.quant.rtn import RTN, round_to_nearest
-from src.quant.solver import Curvature, Grid, Layer, Solution
+from bitfront.errors import BitfrontError
+from bitfront.quant import solver
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.decoupleq import DecoupleQ
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Moments
+from bitfront.quant.packed import Packed
+from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.rtn import RTN
+from bitfront.quant.solver import Curvature, Grid, Layer, Solution
 
 
 def moments(columns: int, seed: int, samples: int | None = None, batch: int = 1) -> Tensor:

@@ -17,24 +17,24 @@ import torchaudio
 from conftest import REPOSITORY, command
 from torch import Tensor, nn
 
-from src import config
-from src.cell import build_task
-from src.data import espeak, recordings
-from src.data.speech import LABELS, InMemory, LogMel, SpecAugment, decode, encode
-from src.errors import BitfrontError
-from src.models.conformer_ctc import ConformerCTC, behind
-from src.models.wav2vec2 import BASE, TINY, Wav2Vec2CTC, plain, published
-from src.quant.blockwise import Captured, Tuning
-from src.quant.core import eligible
-from src.quant.gptq import GPTQ
-from src.quant.inputs import Accumulator, Moments, Watch
-from src.quant.plan import Calibration, plan
-from src.record import read_all
-from src.tasks.speech import Speech, greedy
+from bitfront.cells import compose
+from bitfront.cells.flow import build_task
+from bitfront.cells.record import read_all
+from bitfront.data import espeak, recordings
+from bitfront.data.speech import LABELS, InMemory, LogMel, SpecAugment, decode, encode
+from bitfront.errors import BitfrontError
+from bitfront.models.conformer_ctc import ConformerCTC, behind
+from bitfront.models.wav2vec2 import BASE, TINY, Wav2Vec2CTC, plain, published
+from bitfront.quant.blockwise import Captured, Tuning
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Accumulator, Moments, Watch
+from bitfront.quant.model import eligible
+from bitfront.quant.plan import Calibration, plan
+from bitfront.tasks.speech import Speech, greedy
 
 
 def speech(name: str = "asr", *words: str) -> Speech:
-    task = build_task(config.load([f"task={name}", *words]))
+    task = build_task(compose.load([f"task={name}", *words]))
     assert isinstance(task, Speech)
     return task
 
@@ -314,7 +314,7 @@ def synthesised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_synthesis_is_the_same_in_every_process(synthesised: Path, tmp_path: Path) -> None:
     splits = {"train": (30, *espeak.SPLITS["train"][1:])}
-    code = f"from pathlib import Path; from src.data import espeak; espeak.SPLITS = {splits!r}; "
+    code = f"from pathlib import Path; from bitfront.data import espeak; espeak.SPLITS = {splits!r}; "
     code += f"espeak.synthesise(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
     again = torch.from_numpy(np.load(tmp_path / "samples.npy"))
@@ -451,14 +451,15 @@ def test_damage_in_librispeech_is_named(librispeech: Path) -> None:
 def trained(task: Speech, steps: int) -> tuple[nn.Module, list[float]]:
     torch.manual_seed(0)
     net, losses = task.initial().train(), []
-    optimizer = task.optimizer(net.parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: task.lr_factor(step, steps))
+    recipe = task.recipe
+    optimizer = recipe.optimizer(net.parameters(), task.decays)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.lr_factor(step, steps))
     for epoch in range(steps):
         for batch in task.loader("train", epoch=epoch):
             optimizer.zero_grad()
             loss = task.loss(net, batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), task.clip)
+            nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
@@ -476,7 +477,7 @@ def trained(task: Speech, steps: int) -> tuple[nn.Module, list[float]]:
     ids=["small", "full"],
 )
 def test_the_recipe_for_librispeech_runs(librispeech: Path, size: list[str]) -> None:
-    words = [ONE_SUBSET, "train.batch_size=8", "train.warmup=10"]
+    words = [ONE_SUBSET, "train.batch_size=8", "train.warmup_steps=10"]
     task = speech("asr_librispeech", f"data_root={librispeech}", *words, *size)
     net, losses = trained(task, 20)
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -494,33 +495,34 @@ def test_the_papers_size_optimizer_and_schedule() -> None:
     assert layer == 2 * feed_forward + (2 * d + 4 * d * d + 4 * d) + convolution + 2 * d
     rest = 10 * d + (9 * d + 1) * d + (20 * d + 1) * d + (d + 1) * 29  # convolutions, projection, head
     assert len(net.layers) == 16 and sum(p.numel() for p in net.parameters()) == 16 * layer + rest
-    optimizer = task.optimizer(net.parameters())
+    recipe = task.recipe
+    optimizer = recipe.optimizer(net.parameters(), task.decays)
     assert type(optimizer) is torch.optim.Adam
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-9, 1e-6)
     for step in (1, 100, 9_999, 10_000, 40_000):  # transformer schedule with peak 0.05 / sqrt(d) after 10k steps
         rate = 0.05 * 100 * d**-0.5 * min(step**-0.5, step * 10_000**-1.5)
-        assert task.lr * task.lr_factor(step - 1, 110_000) == pytest.approx(rate)
+        assert recipe.lr * recipe.lr_factor(step - 1, 110_000) == pytest.approx(rate)
     assert (task.bands, task.band_width, task.spans, task.span_share) == (2, 27, 10, 0.05)
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("data=timit", "choices: espeak, fsdd, LibriSpeech"),
-        ("data=LibriSpeech", "task=asr_librispeech"),
-        ("rate=16000", "8000 samples per second"),
-        ("network=rnn", "choices: conformer, wav2vec2"),
-        ("recipe=noam", "choices: cosine, conformer"),
-        ("recipe=conformer", "warmup counts steps"),
-        ("kernel=4", "kernel be odd"),
-        ("heads=5", "heads must divide"),
-        ("beam=-1", "beam is not negative"),
+        ("task.data=timit", "choices: espeak, fsdd, LibriSpeech"),
+        ("task.data=LibriSpeech", "task=asr_librispeech"),
+        ("task.rate=16000", "8000 samples per second"),
+        ("task.network=rnn", "choices: conformer, wav2vec2"),
+        ("train.schedule=noam", "choices: cosine, step, constant, inverse_sqrt"),
+        ("train.schedule=inverse_sqrt", r"train\.warmup_steps=0 is out of range"),
+        ("task.kernel=4", "kernel be odd"),
+        ("task.heads=5", "heads must divide"),
+        ("task.beam=-1", "beam is not negative"),
     ],
 )
 def test_impossible_speech_tasks_are_refused(word: str, message: str) -> None:
     with pytest.raises(BitfrontError, match=message):
-        speech("asr", f"task.{word}").loader("train")
+        speech("asr", word).loader("train")
 
 
 @pytest.mark.slow
@@ -528,4 +530,4 @@ def test_the_default_learns_voices_that_it_has_not_heard(tmp_path: Path) -> None
     words = ("task=asr", "quant=float", f"root={tmp_path}", f"data_root={tmp_path}")
     assert command("src.run", *words, timeout=1800).returncode == 0
     (record,) = read_all(tmp_path)
-    assert record["metrics"]["test"]["wer"] <= 25
+    assert record.metrics["test"]["wer"] <= 25

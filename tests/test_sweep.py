@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, cli, command
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from src import config, search, sweep
-from src.errors import BitfrontError
-from src.record import Run, read, read_all
+from bitfront.cells import compose
+from bitfront.cells.cell import Cell
+from bitfront.cells.check import check
+from bitfront.cells.record import Record, read_all
+from bitfront.cells.runs import Run
+from bitfront.errors import BitfrontError, BusyError
+from bitfront.sweeps import search, workers
+from bitfront.sweeps.grid import grid
+from bitfront.sweeps.sweep import Attempt, Sweep
 
 SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disabled")
 
@@ -28,7 +36,7 @@ SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disab
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with the float network that others start from."""
     root = tmp_path_factory.mktemp("start")
-    assert command("src.run", *SMOKE, "quant=float", f"root={root}").returncode == 0
+    assert cli("run", *SMOKE, "quant=float", f"root={root}").returncode == 0
     return root
 
 
@@ -45,17 +53,17 @@ def written(root: Path) -> dict[str, int]:
 
 def test_what_failed_is_listed_with_its_command_and_only_that_is_run_again(root: Path) -> None:
     words = (*SMOKE, "quant=rtn", "bits=40,3", f"root={root}")
-    result = command("src.run", *words)
+    result = cli("run", *words)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     report = result.stderr.partition("1 of 2 cells failed")[2]
     assert "bits is 1..15, got 40" in report
     before = written(root)
     (line,) = (line.split() for line in report.splitlines() if "python -m src.run" in line)
-    assert line[:3] == ["python", "-m", "src.run"] and config.load(line[3:])["bits"] == 40
-    repeated = command("src.run", *words)
+    assert line[:3] == ["python", "-m", "src.run"] and compose.load(line[3:]).values["bits"] == 40
+    repeated = cli("run", *words)
     assert "finished before: vit rtn bits=3" in repeated.stdout and "1 of 2 cells failed" in repeated.stderr
     after = written(root)
-    finished = {r["id"] for r in read_all(root)}
+    finished = {r.id for r in read_all(root)}
     assert {i: t for i, t in after.items() if i in finished} == {i: t for i, t in before.items() if i in finished}
 
 
@@ -63,8 +71,8 @@ def test_a_start_is_trained_once_and_what_it_fails_with_fails_its_cells(tmp_path
     words = (*SMOKE, "quant=rtn,gptq", f"root={tmp_path}", "cluster=local")
     result = command("src.run", *words)
     assert result.returncode == 0, result.stderr
-    assert sorted(r["method"] for r in read_all(tmp_path)) == ["float", "gptq", "rtn"]
-    missing = command("src.run", *SMOKE, "task=vit_cifar10", "smoke=false", "quant=rtn,gptq", "data_root=/nowhere")
+    assert sorted(r.method for r in read_all(tmp_path)) == ["float", "gptq", "rtn"]
+    missing = cli("run", *SMOKE, "task=vit_cifar10", "smoke=false", "quant=rtn,gptq", "data_root=/nowhere")
     assert missing.returncode != 0 and "2 of 2 cells failed" in missing.stderr
     assert missing.stderr.count("the float network to start from: no images in '/nowhere/cifar10") == 2
 
@@ -77,7 +85,7 @@ def test_parallel_and_serial_give_the_same_artifacts(
     words = (*SMOKE, "quant=diffq,gptq")
     both = [("cluster=local", f"root={root}"), (f"root={tmp_path / 'serial'}",)]
     assert all(command("src.run", *words, *where).returncode == 0 for where in both)
-    hashes = [{r["id"]: r["artifact_sha256"] for r in read_all(place / "vit")} for place in (root, tmp_path / "serial")]
+    hashes = [{r.id: r.artifact_sha256 for r in read_all(place / "vit")} for place in (root, tmp_path / "serial")]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 3
 
 
@@ -85,7 +93,7 @@ def test_killed_and_rerun_a_sweep_redoes_only_what_was_unfinished(root: Path) ->
     words = (*SMOKE, "quant=diffq", "penalty=1,2,3,4,5", "train.epochs=6", f"root={root}", "cluster=local")
     running = subprocess.Popen([sys.executable, "-m", "src.run", *words], cwd=REPOSITORY)
     deadline = time.monotonic() + 120
-    while not (finished := [r["id"] for r in read_all(root) if r["method"] == "diffq"]):
+    while not (finished := [r.id for r in read_all(root) if r.method == "diffq"]):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     running.send_signal(signal.SIGKILL)
@@ -119,21 +127,17 @@ def test_each_cell_in_two_processes(root: Path) -> None:
         "src.run", *SMOKE, "quant=diffq,gptq", "trainer.devices=2", "cluster=local_ddp", f"root={root}", "seed=1"
     )
     assert result.returncode == 0, result.stderr
-    processes = {r["method"]: r["processes"] for r in read_all(root) if r["seed"] == 1}
+    processes = {r.method: r.processes for r in read_all(root) if r.seed == 1}
     assert processes == {"float": 2, "diffq": 2, "gptq": 1}  # calibration is for one
     assert result.stdout.count("smaller than float") == 3
 
 
 def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -> None:
     """The second process must not wait for the first where it never comes."""
-    import fcntl
-
-    words = ["task=vit", "smoke=true", "quant=lsq", "trainer.devices=2", f"root={root}", "trainer.accelerator=cpu"]
-    run = sweep.Cell(words).run()
+    words = ["task=vit", "smoke=true", "quant=float", "trainer.devices=2", f"root={root}", "trainer.accelerator=cpu"]
+    run = Cell(words).run()
     assert run is not None
-    run.path.mkdir(parents=True)
-    with open(run.lock, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with run.locked(wait=False):
         command_line = [sys.executable, "-m", "src.run", "-m", *words, "wandb=disabled", "cluster=local_ddp"]
         running = subprocess.Popen(command_line, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         assert running.stdout is not None
@@ -141,87 +145,114 @@ def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -
             assert line, "it ended"
     assert running.wait(timeout=200) == 0
     record = run.finished()
-    assert record and record["processes"] == 2
+    assert record and record.processes == 2
+
+
+@pytest.fixture
+def sweep(root: Path) -> Any:
+    """A sweep without a cluster: its launcher is the test's."""
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        yield Sweep([f"root={root}"])
 
 
 class Dying:
     """A launcher whose process dies with every cell of some width."""
 
-    def __init__(self, bits: str, root: Path) -> None:
-        self.bits, self.root, self.batches = bits, root, []  # type: ignore[var-annotated]
+    def __init__(self, bits: str, finished: Record) -> None:
+        self.bits, self.finished, self.batches = bits, finished, []  # type: ignore[var-annotated]
 
     def launch(self, batch: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
         self.batches.append([next(w for w in words if w.startswith("bits=")) for words in batch])
         for words in batch:
-            run = sweep.Cell(list(words)).run()
+            run = Cell(words).run()
             assert run is not None
             with run.locked(wait=False):
                 if self.bits in words:
                     raise RuntimeError("a worker is gone")
-                run.artifact.write_bytes(b"x")
-                run.write({"status": "finished", "sizes": {"file": 1}})
+                shutil.copy(self.finished.artifact, run.artifact)
+                run.finish(self.finished)
         return [SimpleNamespace(return_value=(False, "")) for _ in batch]
 
 
-def test_a_process_that_dies_takes_no_other_cell_with_it(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sweep, "summary", str)
+def test_a_process_that_dies_takes_no_other_cell_with_it(root: Path, sweep: Sweep) -> None:
     words = ["task=vit", "smoke=true", "trainer.accelerator=cpu", "quant=rtn", f"root={root}"]
-    cells = [sweep.Cell([*words, f"bits={bits}"]) for bits in (2, 3, 4, 5)]
-    made = sweep.Sweep.__new__(sweep.Sweep)
-    made.launcher = Dying("bits=3", root)
-    made.launched, made.place, made.shown = 0, [], True
-    made.config = SimpleNamespace(hydra=SimpleNamespace(sweeper=SimpleNamespace(max_batch_size=None)))  # type: ignore[assignment]
-    made.complete(cells)
-    assert [bool(cell.error) for cell in cells] == [False, True, False, False]
-    assert "its process died" in cells[1].error and "a worker is gone" in cells[1].error
-    assert made.launcher.batches == [["bits=2", "bits=3", "bits=4", "bits=5"], ["bits=3"], ["bits=4", "bits=5"]]
+    (start,) = read_all(root)
+    finished = Cell(["task=vit", "smoke=true", f"root={root}"]).record()
+    assert finished and finished.id == start.id
+    launcher = sweep.launcher = Dying("bits=3", finished)
+    attempts = sweep.complete(grid([[*words, "bits=2,3,4,5"]]))
+    assert [bool(attempt.error) for attempt in attempts] == [False, True, False, False]
+    assert "its process died" in attempts[1].error and "a worker is gone" in attempts[1].error
+    assert launcher.batches == [["bits=2", "bits=3", "bits=4", "bits=5"], ["bits=3"], ["bits=4", "bits=5"]]
+
+
+def test_lines_are_one_sweep() -> None:
+    """What several lines have in common is one cell, and all cells go to the cluster together."""
+    cells = grid([["quant=rtn", "bits=2,3"], ["quant=rtn", "bits=3"], ["quant=rtn", "bits=4", "J=1,2"]])
+    assert [cell.words[1:] for cell in cells] == [["bits=2"], ["bits=3"], ["bits=4", "J=1"], ["bits=4", "J=2"]]
+    with pytest.raises(BitfrontError, match="add sweeper=optuna"):
+        grid([["penalty=interval(1,2)"]])
+
+
+def test_a_recipe_is_one_sweep(root: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "# mine\ntask: vit\nshared: trainer.accelerator=cpu\nlines: |\n  quant=rtn bits=2,3\n  quant=gptq\n"
+    )
+    words = (f"recipe={recipe}", "smoke=true", "wandb=disabled", f"root={root}")
+    result = cli("run", *words)
+    assert result.returncode == 0, result.stderr
+    assert sorted((r.method, r.setting) for r in read_all(root)) == [
+        ("float", ""), ("gptq", "bits=4"), ("rtn", "bits=2"), ("rtn", "bits=3"),
+    ]  # fmt: skip
+    assert cli("run", *words).stdout.count("finished before") == 3
+    recipe.write_text("lines: 3\n")
+    assert "is no recipe" in cli("run", *words).stderr
 
 
 def test_a_cluster_that_starts_nothing_says_so_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no SLURM there
-    result = command("src.run", *SMOKE, "quant=rtn,gptq", "cluster=slurm", f"root={root}")
+    result = cli("run", *SMOKE, "quant=rtn,gptq", "cluster=slurm", f"root={root}")
     assert result.returncode != 0 and result.stderr.count("slurm cluster") == 2 and "Traceback" not in result.stderr
 
 
 def test_slurm_gets_a_task_and_a_gpu_for_each_device() -> None:
-    from hydra import compose, initialize_config_dir
+    from hydra import compose as composed
 
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         words = ["cluster=slurm", "trainer.devices=4", "cluster.workers=3", "hydra.launcher.partition=long"]
-        launcher = compose("config", words, return_hydra_config=True).hydra.launcher
+        launcher = composed("config", words, return_hydra_config=True).hydra.launcher
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.array_parallelism) == (4, 4, 3)
     assert launcher.partition == "long"
 
 
 def test_where_a_cell_runs_is_no_part_of_it() -> None:
-    cells = [config.load(["task=vit", "quant=rtn", *place]) for place in ([], ["cluster=slurm", "cluster.workers=9"])]
+    cells = [compose.load(["task=vit", "quant=rtn", *place]) for place in ([], ["cluster=slurm", "cluster.workers=9"])]
     assert cells[0] == cells[1]
 
 
 def test_numbers_of_workers_are_their_own_as_long_as_they_live(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from src.sweep import own_number
+from bitfront.sweeps.workers import own_number
 print(own_number(Path({str(tmp_path)!r})), flush=True)
 input()
 """
-    workers = [
+    others = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
         for _ in range(2)
     ]
-    assert {worker.stdout.readline().strip() for worker in workers if worker.stdout} == {"0", "1"}
-    for worker in workers:
-        worker.communicate("\n")
-    assert sweep.own_number(tmp_path) == 0
+    assert {other.stdout.readline().strip() for other in others if other.stdout} == {"0", "1"}
+    for other in others:
+        other.communicate("\n")
+    assert workers.own_number(tmp_path) == 0
 
 
 def test_a_worker_ends_when_its_sweep_is_gone() -> None:
     ended: list[int] = []
-    sweep._end_unless(lambda: False, 0.0, ended.append)
+    workers._end_unless(lambda: False, 0.0, ended.append)
     assert ended == [1]
 
 
@@ -242,43 +273,56 @@ def test_spaces_of_a_search(word: str, expected: Any) -> None:
 def test_a_search_ends_in_a_front_and_is_the_same_again(root: Path) -> None:
     space = ("penalty=tag(log,interval(0.1,50))", "group_size=4,8")
     words = (*SMOKE, "quant=diffq", *space, "sweeper=optuna", "sweeper.trials=5", "sweeper.startup=3", f"root={root}")
-    first = command("src.run", *words)
+    first = cli("run", *words)
     assert first.returncode == 0, first.stderr
-    records = [r for r in read_all(root) if r["method"] == "diffq"]
+    records = [r for r in read_all(root) if r.method == "diffq"]
     assert 3 <= len(records) <= 5
     points = {tuple(search.objectives(r)) for r in records}
     front = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
     shown = first.stdout.partition("Pareto front")[2].count("penalty=")
     assert len(front) <= shown <= len(records)
-    again = command("src.run", *words)
+    again = cli("run", *words)
     assert again.stdout.partition("Pareto front")[2] == first.stdout.partition("Pareto front")[2]
-    assert len([r for r in read_all(root) if r["method"] == "diffq"]) == len(records)
+    assert len([r for r in read_all(root) if r.method == "diffq"]) == len(records)
 
 
-def test_a_trial_that_diverged_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(cell: sweep.Cell) -> dict[str, Any]:
+@pytest.fixture
+def like(root: Path) -> Callable[..., Record]:
+    """A record with other numbers."""
+    content = read_all(root)[0].as_json()
+
+    def made(size: float, valid: float, name: str = "top1", higher: bool = True) -> Record:
+        return Record.of(
+            content
+            | {
+                "primary": {"name": name, "higher_is_better": higher, "value": 1.0},
+                "sizes": content["sizes"] | {"file": int(size)},
+                "metrics": {"valid": {name: valid}, "test": {name: 1.0}},
+            }
+        )
+
+    return made
+
+
+def test_a_trial_that_diverged_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch, like: Callable[..., Record]
+) -> None:
+    def record(cell: Cell) -> Record:
         penalty = float(next(word for word in cell.words if word.startswith("penalty=")).partition("=")[2])
-        value = float("nan") if penalty > 5 else penalty
-        return {
-            "primary": {"name": "top1", "higher_is_better": True}, "sizes": {"file": 100 / penalty},
-            "metrics": {"valid": {"top1": value}, "test": {"top1": value}},
-        }  # fmt: skip
+        return like(100 / penalty, float("nan") if penalty > 5 else penalty)
 
-    monkeypatch.setattr(sweep.Cell, "record", record)
+    monkeypatch.setattr(Cell, "record", record)
     words = ["task=vit", "quant=diffq", "penalty=tag(log,interval(0.1,50))"]
     fake: Any = SimpleNamespace(
         config=SimpleNamespace(sweeper=SimpleNamespace(trials=9, batch=4, seed=0, startup=4)),
-        overrides=dict(zip(words, OverridesParser.create().parse_overrides(words), strict=True)),
-        complete=lambda cells: None,
+        complete=lambda cells: [Attempt(cell) for cell in cells],
     )
-    assert len(search.search(fake)) == 9
+    assert len(search.search(fake, words)) == 9
 
 
-def test_a_search_minimises_size_and_validation_loss() -> None:
-    top1 = {"primary": {"name": "top1", "higher_is_better": True, "value": 1.0}, "sizes": {"file": 7}}
-    assert search.objectives(top1 | {"metrics": {"valid": {"top1": 90.0}, "test": {"top1": 1.0}}}) == [7, -90.0]
-    wer = {"primary": {"name": "wer", "higher_is_better": False, "value": 1.0}, "sizes": {"file": 7}}
-    assert search.objectives(wer | {"metrics": {"valid": {"wer": 20.0}}}) == [7, 20.0]
+def test_a_search_minimises_size_and_validation_loss(like: Callable[..., Record]) -> None:
+    assert search.objectives(like(7, 90.0)) == [7, -90.0]
+    assert search.objectives(like(7, 20.0, "wer", False)) == [7, 20.0]
 
 
 @pytest.mark.parametrize(
@@ -302,27 +346,26 @@ def test_a_search_minimises_size_and_validation_loss() -> None:
     ],
 )
 def test_mistakes(words: tuple[str, ...], answer: str) -> None:
-    result = command("src.run", *SMOKE, *words)
+    result = cli("run", *SMOKE, *words)
     assert result.returncode != 0 and answer in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_a_cell_of_another_process_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
+def test_a_directory_is_held_as_long_as_its_process_says(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = (root / "vit" / "float").iterdir()
-    run = Run(path)
-    assert not run.held() and not Run(root / "nothing").held()
-    with open(run.lock) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run.held()
-    assert not run.held() and read(path / "record.json")
+    monkeypatch.setenv("BITFRONT_JOB", "17")
+    assert not Run(path).held() and not Run(root / "nothing").held()
+    with Run(path).locked(wait=False):
+        assert Run(path).held() and Run(path).held("17") and not Run(path).held("7")
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on .*, job 17"), Run(path).locked(wait=False):
+            pass
+    assert not Run(path).held() and Run(path).finished()
 
 
 def test_ray(root: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
-    result = command("src.run", *SMOKE, "quant=rtn,gptq", "cluster=ray", f"root={root}")
+    result = cli("run", *SMOKE, "quant=rtn,gptq", "cluster=ray", f"root={root}")
     assert result.returncode == 0, result.stderr
-    assert sorted(r["method"] for r in read_all(root)) == ["float", "gptq", "rtn"]
+    assert sorted(r.method for r in read_all(root)) == ["float", "gptq", "rtn"]
 
 
 def test_without_ray_its_packages_are_named(root: Path) -> None:
@@ -330,4 +373,4 @@ def test_without_ray_its_packages_are_named(root: Path) -> None:
         import hydra_plugins.hydra_ray_launcher  # noqa: F401
     except ImportError:
         with pytest.raises(BitfrontError, match="hydra-ray-launcher"):
-            config.check(["task=vit", "cluster=ray"])
+            check(["task=vit", "cluster=ray"])

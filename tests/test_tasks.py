@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from src import config
-from src.cell import build_task
-from src.data.images import class_folders, digits, shift_and_mirror
-from src.errors import BitfrontError
-from src.tasks.core import EpochBatches, Task
+from bitfront.cells import compose
+from bitfront.cells.flow import build_task
+from bitfront.data.images import class_folders, digits, shift_and_mirror
+from bitfront.errors import BitfrontError
+from bitfront.tasks.batches import EpochBatches
+from bitfront.tasks.core import Task
 
 
 def task(name: str, *words: str) -> Task:
-    return build_task(config.load([f"task={name}", *words]))
+    return build_task(compose.load([f"task={name}", *words]))
 
 
 class Constant(nn.Module):
@@ -47,12 +48,12 @@ def test_perfect_and_chance_predictors(name: str) -> None:
     assert flat["loss"] == pytest.approx(2.302585, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", config.options("task"))
+@pytest.mark.parametrize("name", compose.options("task"))
 def test_smoke_mode_learns_without_files(name: str) -> None:
     smoke = task(name, "smoke=true", "data_root=/nowhere")
     torch.manual_seed(0)
     net = smoke.model().train()
-    optimizer = smoke.optimizer(net.parameters())
+    optimizer = smoke.recipe.optimizer(net.parameters(), smoke.decays)
     losses = []
     for _ in range(5):
         for batch in smoke.loader("train"):
@@ -132,10 +133,10 @@ def test_shifting_and_mirroring_moves_whole_images() -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    vision = task("vit")
-    factors = [vision.lr_factor(step, 1000) for step in range(1001)]
+    recipe = task("vit").recipe
+    factors = [recipe.lr_factor(step, 1000) for step in range(1001)]
     peak = factors.index(max(factors))
-    assert peak == pytest.approx(1000 * vision.warmup, abs=1) and 0.95 < factors[peak] <= 1
+    assert peak == pytest.approx(1000 * recipe.warmup, abs=1) and 0.95 < factors[peak] <= 1
     assert factors[0] < 0.05 and factors[-1] == pytest.approx(0, abs=1e-9)
     assert factors[:peak] == sorted(factors[:peak]) and factors[peak:] == sorted(factors[peak:], reverse=True)
 

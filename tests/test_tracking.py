@@ -11,33 +11,38 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from conftest import REPOSITORY, wandb_run
 
-from src import config
-from src.run import run_cell
-from src.tracking import Tracker, logged_in, mean_bits
+from bitfront.cells import compose
+from bitfront.cells.cell import Cell
+from bitfront.cells.check import check
+from bitfront.cells.record import Head, Record
+from bitfront.cells.tracking import Tracker, logged_in, mean_bits
 
 SMOKE = ["task=vit", "quant=diffq", "smoke=true", "trainer.accelerator=cpu", "wandb=offline"]
 SWEEP = REPOSITORY / "recipes" / "wandb_sweep.yaml"
-ABOUT: dict[str, Any] = {
-    "id": "abc",
-    "task": "vit",
-    "method": "diffq",
-    "setting": "penalty=5",
-    "seed": 0,
-    "overrides": ["penalty=5"],
-    "init_sha256": None,
-    "config": {"smoke": False, "penalty": 5},
-}
+ABOUT = Head(
+    id="abc",
+    task="vit",
+    method="diffq",
+    setting="penalty=5",
+    seed=0,
+    overrides=["penalty=5"],
+    config={"smoke": False, "penalty": 5},
+    init_sha256=None,
+    environment={},
+)
 
 
 def tracker(mode: str, directory: Path, run_id: str = "abc") -> Tracker:
-    return Tracker(mode, ABOUT | {"id": run_id}, directory)
+    return Tracker(mode, replace(ABOUT, id=run_id), directory)
 
 
 @pytest.fixture(autouse=True)
@@ -54,62 +59,62 @@ def test_mean_bits_of_tensors_and_of_all_weights() -> None:
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def cell(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
     """The record of a cell that ran offline, after its float start, and the folder that has ``runs`` in it."""
     folder = tmp_path_factory.mktemp("offline")
-    return run_cell([*SMOKE, f"root={folder}/runs", "penalty=5"]), folder
+    return Cell([*SMOKE, f"root={folder}/runs", "penalty=5"]).execute(), folder
 
 
-def test_a_cells_offline_run_read_back_by_wandb_is_its_record(cell: tuple[dict[str, Any], Path]) -> None:
-    record, sizes, run = cell[0], cell[0]["sizes"], wandb_run(cell[1] / "runs" / "vit" / "diffq")
-    assert (run["project"], run["run_id"], run["name"]) == ("bitfront", record["id"], "vit diffq penalty=5")
+def test_a_cells_offline_run_read_back_by_wandb_is_its_record(cell: tuple[Record, Path]) -> None:
+    record, sizes, run = cell[0], vars(cell[0].sizes), wandb_run(cell[1] / "runs" / "vit" / "diffq")
+    assert (run["project"], run["run_id"], run["name"]) == ("bitfront", record.id, "vit diffq penalty=5")
     assert run["lines"]["run"][0]["run_group"] == "vit"
-    for key in ("task", "method", "setting", "seed", "overrides", "config"):
-        assert run["config"][key] == record[key]
+    for key in ("task", "method", "setting", "seed", "overrides", "init_sha256", "config"):
+        assert run["config"][key] == getattr(record, key)
     assert run["config"]["smoke"] is True
 
     logged = run["summary"]
-    numbers = {f"{split}/{name}": value for split, part in record["metrics"].items() for name, value in part.items()}
+    numbers = {f"{split}/{name}": value for split, part in record.metrics.items() for name, value in part.items()}
     numbers |= {f"size/{name}": value for name, value in sizes.items()}
-    numbers["size/mib"] = Path(record["artifact"]).stat().st_size / 2**20
+    numbers["size/mib"] = Path(record.artifact).stat().st_size / 2**20
     numbers["size/ratio"] = sizes["float"] / sizes["file"]
     numbers["size/bits_per_weight"] = 8 * sizes["file"] / sizes["parameters"]
     assert {name: logged[name] for name in numbers} == pytest.approx(numbers)
     assert logged["minutes"] > 0
-    for name, counts in record["widths"].items():
+    for name, counts in record.widths.items():
         assert logged[f"bits/{name}"]["values"] == counts
 
 
-def test_a_cells_offline_run_has_every_epoch(cell: tuple[dict[str, Any], Path]) -> None:
+def test_a_cells_offline_run_has_every_epoch(cell: tuple[Record, Path]) -> None:
     record, run = cell[0], wandb_run(cell[1] / "runs" / "vit" / "diffq")
     history = [line["item"] for line in run["lines"]["history"]]
     assert [item["_step"] for item in history] == [1, 2]
-    for item, epoch in zip(history, record["history"], strict=True):
+    for item, epoch in zip(history, record.history, strict=True):
         assert {name: item[name] for name in epoch} == pytest.approx(epoch)
-        for name, counts in record["widths"].items():
+        for name, counts in record.widths.items():
             assert 2 <= item[f"mean_bits/{name}"] <= 15
             assert sum(item[f"bits/{name}.values"]) == sum(counts)
 
 
-def test_the_artifact_of_an_offline_run_is_the_packed_file_where_it_is(cell: tuple[dict[str, Any], Path]) -> None:
+def test_the_artifact_of_an_offline_run_is_the_packed_file_where_it_is(cell: tuple[Record, Path]) -> None:
     record, run = cell[0], wandb_run(cell[1] / "runs" / "vit" / "diffq")
     (artifact,) = run["lines"]["artifact"]
     (entry,) = artifact["manifest"]["contents"]
-    content = Path(record["artifact"]).read_bytes()
+    content = Path(record.artifact).read_bytes()
     assert (artifact["name"], artifact["type"], entry["path"]) == (
-        f"model-{record['id']}",
+        f"model-{record.id}",
         "model",
         "model.safetensors",
     )
     assert int(entry["size"]) == len(content)
     assert entry["digest"] == base64.b64encode(hashlib.md5(content).digest()).decode()
-    assert Path(entry["local_path"]).samefile(record["artifact"])  # no second copy
+    assert Path(entry["local_path"]).samefile(record.artifact)  # no second copy
 
 
-def test_the_documented_command_syncs_every_offline_run(cell: tuple[dict[str, Any], Path]) -> None:
+def test_the_documented_command_syncs_every_offline_run(cell: tuple[Record, Path]) -> None:
     command = "wandb sync runs/*/*/*/wandb/offline-run-*"
-    for source in ("tracking.py", "dashboard.py"):
-        assert command in (REPOSITORY / "src" / source).read_text()
+    for source in ("cells/tracking.py", "reports/dashboard.py"):
+        assert command in (REPOSITORY / "src" / "bitfront" / source).read_text()
     words = f"{sys.executable} -m {command} --dry-run"
     result = subprocess.run(words, shell=True, cwd=cell[1], capture_output=True, text=True, check=True)
     files = sorted(cell[1].glob("runs/vit/*/*/wandb/offline-run-*/*.wandb"))
@@ -130,6 +135,12 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_an_unreachable_server_costs_seconds_and_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def hasty(**options: Any) -> wandb.Settings:
+        assert 0 < options["init_timeout"] <= 15 and 0 < options["login_timeout"] <= 15
+        return settings(**options | {"init_timeout": 4, "login_timeout": 4})
+
+    settings = wandb.Settings
+    monkeypatch.setattr(wandb, "Settings", hasty)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     began = time.perf_counter()
@@ -149,10 +160,10 @@ def test_online_without_a_key_does_not_ask_but_goes_offline(tmp_path: Path) -> N
     assert list(tmp_path.glob(str(Path(pattern).relative_to(tmp_path)) + "/*.wandb"))
 
 
-def test_a_failure_inside_wandb_is_a_warning(tmp_path: Path) -> None:
+def test_a_failure_inside_wandb_is_a_warning(cell: tuple[Record, Path], tmp_path: Path) -> None:
     run = tracker("offline", tmp_path, "failing")
     with pytest.warns(UserWarning, match="goes on without it"):
-        run.finish({}, tmp_path / "missing")
+        run.finish(replace(cell[0], artifact=str(tmp_path / "missing")))
     run.close()
 
 
@@ -175,11 +186,12 @@ def test_the_sweep_files_command_is_a_cell(draw: str) -> None:
     command = create_sweep_command(about["command"])
     assert command[:-1] == ["${env}", "python", "-m", "src.run"]
     words = macros[command[-1][2:-1]]
-    config.check(words)
-    cell = config.load(words)
-    assert (cell["names"]["task"], cell["names"]["quant"]) == ("vit", "diffq")
-    assert cell["quant"]["penalty"] == values["penalty"] and cell["quant"]["lr"] == values["quant.lr"]
-    assert cell["quant"]["group_size"] == values["group_size"]
+    check(words)
+    config = compose.load(words)
+    assert (config.task, config.method) == ("vit", "diffq")
+    quant = config.values["quant"]
+    assert quant["penalty"] == values["penalty"] and quant["lr"] == values["quant.lr"]
+    assert quant["group_size"] == values["group_size"]
 
 
 def agent_run(monkeypatch: pytest.MonkeyPatch, folder: Path, run_id: str, **others: Any) -> None:

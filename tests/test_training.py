@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import config
-from src.cell import build, build_task
-from src.errors import BitfrontError
-from src.tasks.core import Task
-from src.training import Training, fit
+from bitfront.cells import compose
+from bitfront.cells.flow import build_method, build_task
+from bitfront.cells.training import Training, fit
+from bitfront.errors import BitfrontError
+from bitfront.tasks.core import Task
 
 TRAINER = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "accumulate_grad_batches": 1}
 
@@ -31,13 +31,13 @@ class Recorded(Training):
 
 
 def trained(path: Path, method: str = "float", trainer: dict[str, Any] | None = None, **fields: Any) -> Recorded:
-    cell = config.load(["task=vit", *f"quant={method}".split(), "smoke=true"])
-    task: Task = build_task(cell)
+    config = compose.load(["task=vit", *f"quant={method}".split(), "smoke=true"])
+    task: Task = build_task(config)
     for name, value in fields.items():
-        setattr(task, name, value)
+        setattr(task if hasattr(task, name) else task.recipe, name, value)
     torch.manual_seed(0)
-    quantization = build(cell["quant"])
-    training = Recorded(quantization.attach(task.model()), task, quantization, path / "last.ckpt", lambda numbers: None)
+    quantization = build_method(config)
+    training = Recorded(quantization.attach(task.model()), task, quantization, path / "last.ckpt")
     fit(training, TRAINER | (trainer or {}))
     return training
 

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import cli, command
 from PIL import Image
 from torch import nn
 
-from src import config
-from src.artifact import Artifact
-from src.cell import build_task
-from src.errors import BitfrontError
-from src.models.images import NETWORKS
-from src.quant.diffq import DiffQ
-from src.quant.ste import STE
-from src.record import read_all
-from src.tasks.core import EpochBatches
-from src.tasks.vision import ImageNet
+from bitfront.cells import compose
+from bitfront.cells.flow import build_task
+from bitfront.cells.record import read_all
+from bitfront.errors import BitfrontError
+from bitfront.models.images import NETWORKS
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.diffq import DiffQ
+from bitfront.quant.ste import STE
+from bitfront.tasks.batches import EpochBatches
+from bitfront.tasks.core import Task
+from bitfront.tasks.vision import ImageNet
 
 large = pytest.mark.slow
 # Sizes by the papers' rule in MB: float, then 2, 3, 4, 5 and 8 bits, DiffQ at its start in groups of 8 and 16
@@ -78,7 +79,7 @@ def test_resnet20_with_its_preset_has_the_papers_size() -> None:
 def test_the_papers_imagenet_networks_have_the_papers_sizes(
     name: str, parameters: int, min_size: float, expected: list[float]
 ) -> None:
-    network = build_task(config.load([f"task={name}"])).model()
+    network = build_task(compose.load([f"task={name}"])).model()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert sizes(network, min_size=min_size) == expected
     if name == "efficientnet_imagenet":
@@ -87,7 +88,7 @@ def test_the_papers_imagenet_networks_have_the_papers_sizes(
 
 
 def imagenet(*words: str, name: str = "vit_imagenet") -> ImageNet:
-    task = build_task(config.load([f"task={name}", *words]))
+    task = build_task(compose.load([f"task={name}", *words]))
     assert isinstance(task, ImageNet)
     return task
 
@@ -152,50 +153,55 @@ def test_missing_or_damaged_photos_are_named(root: Path) -> None:
     ],
 )
 def test_the_imagenet_recipes_run_on_the_official_layout(root: Path, name: str, network: str, processes: int) -> None:
-    words = (f"task={name}", f"model={network}", *SMALL, "train.epochs=7", "quant=diffq", f"data_root={root}")
+    words = (f"task={name}", f"model={network}", *SMALL, "train.epochs=3", "quant=diffq", f"data_root={root}")
     size = {"timm.test_vit": 160, "timm.deit_base_patch16_224": 224}.get(network, 32)
     more = (f"task.image_size={size}", f"root={root}/runs", f"trainer.devices={processes}", "trainer.accelerator=cpu")
-    result = command("src.run", *words, *more)
+    result = command("src.run", *words, *more) if processes > 1 else cli("run", *words, *more)
     assert result.returncode == 0, result.stderr
     (record,) = read_all(root / "runs")
-    assert len(record["history"]) == 7 and record["processes"] == processes  # 7 epochs of 3 steps
-    assert set(record["metrics"]) == {"valid", "test"}
+    assert len(record.history) == 3 and record.processes == processes
+    assert set(record.metrics) == {"valid", "test"}
 
 
 def test_the_recipes_schedules() -> None:
-    deit = imagenet()
+    deit = imagenet().recipe
     steps = 300 * 100
     factors = [deit.lr_factor(step, steps) for step in range(0, steps + 1, 50)]
     assert factors.index(max(factors)) == 10 and max(factors) == pytest.approx(1, abs=1e-3)  # after 5 epochs
     assert factors[-1] == pytest.approx(1e-5 / 5e-4)
-    resnet = imagenet(name="resnet_imagenet")
+    resnet = imagenet(name="resnet_imagenet").recipe
     epochs = [resnet.lr_factor(epoch * 100, 9000) for epoch in (0, 29, 30, 59, 60, 89)]
     assert epochs == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    b3 = imagenet(name="efficientnet_imagenet")
+    b3 = imagenet(name="efficientnet_imagenet").recipe
     assert b3.lr_factor(350 * 240, 350 * 1000) == pytest.approx(0.97 ** math.floor(84 / 2.4))
-    paper = build_task(config.load(["task=resnet_cifar10_paper"]))
+    paper = build_task(compose.load(["task=resnet_cifar10_paper"])).recipe
     assert [paper.lr_factor(e, 200) for e in (0, 59, 60, 120, 180)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
 
 
 def test_the_papers_cifar_recipe() -> None:
     for quant, start, lr, widths in (("diffq", None, 0.1, 1e-3), ("ste", None, 0.1, None), ("lsq", "float", 0.01, 0.0)):
-        cell = config.load(["task=resnet_cifar10_paper", f"quant={quant}"])
-        assert (cell["init_from"], cell["train"]["lr"], cell["quant"].get("lr")) == (start, lr, widths)
-        assert (cell["train"]["epochs"], cell["train"]["batch_size"], cell["train"]["weight_decay"]) == (200, 128, 5e-4)
+        values = compose.load(["task=resnet_cifar10_paper", f"quant={quant}"]).values
+        assert (values["init_from"], values["train"]["lr"], values["quant"].get("lr")) == (start, lr, widths)
+        train = values["train"]
+        assert (train["epochs"], train["batch_size"], train["weight_decay"]) == (200, 128, 5e-4)
+
+
+def optimizer(task: Task, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return task.recipe.optimizer(parameters, task.decays)
 
 
 def test_the_recipes_optimizers() -> None:
     deit = imagenet()
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((1, 1, 8), (1, 5, 8), (8, 8), (8,))]
-    decays = {id(p): g["weight_decay"] for g in deit.optimizer(parameters).param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in optimizer(deit, parameters).param_groups for p in g["params"]}
     assert [decays[id(p)] for p in parameters] == [0, 0, 0.05, 0]
-    sgd = build_task(config.load(["task=resnet"])).optimizer(parameters)
+    sgd = optimizer(build_task(compose.load(["task=resnet"])), parameters)
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["nesterov"]
     assert {len(g["params"]) for g in sgd.param_groups} == {4}
-    plain = imagenet(name="resnet_imagenet").optimizer(parameters)
+    plain = optimizer(imagenet(name="resnet_imagenet"), parameters)
     assert isinstance(plain, torch.optim.SGD) and not plain.defaults["nesterov"]
     w = nn.Parameter(torch.zeros(2, 2))
-    rmsprop = imagenet(name="efficientnet_imagenet").optimizer([w])
+    rmsprop = optimizer(imagenet(name="efficientnet_imagenet"), [w])
     w.grad = torch.full((2, 2), 2.0)
     rmsprop.step()  # the mean square starts at 1: 0.9 + 0.1 * 2**2 = 1.3, and epsilon is inside the root
     torch.testing.assert_close(w.detach(), torch.full((2, 2), -0.256 * 2 / (1.3 + 1e-3) ** 0.5))
@@ -214,9 +220,9 @@ def test_an_unknown_network_is_refused_with_what_there_is() -> None:
     with pytest.raises(BitfrontError, match=r"model=timm\.vgg11 does not fit this task"):
         imagenet("model=timm.vgg11").model()
     with pytest.raises(BitfrontError, match="is for images of 32 x 32"):
-        build_task(config.load(["task=resnet", "model=vit"]))
+        build_task(compose.load(["task=resnet", "model=vit"]))
     with pytest.raises(BitfrontError, match=r"no model=resnet19; choices: .*resnet18"):
-        build_task(config.load(["task=resnet", "model=resnet19"]))
+        build_task(compose.load(["task=resnet", "model=resnet19"]))
 
 
 def test_pretrained_networks_are_measured_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,16 +241,16 @@ def test_pretrained_networks_are_measured_as_they_are(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     model = ("task=resnet_imagenet", "model=torchvision.mobilenet_v2", "task.pretrained=true", "task.image_size=8")
     words = (*model, "task.held_out=100", "quant=float", f"data_root={tmp_path}", f"root={tmp_path}/runs")
-    result = command("src.run", *words)
+    result = cli("run", *words, "train.workers=0")
     assert result.returncode == 0, result.stderr
     (record,) = read_all(tmp_path / "runs")
-    assert record["history"] == [] and "train" not in record["stages"]
+    assert record.history == [] and "train" not in record.stages
     network = mobilenet_v2()
-    Artifact.load(Path(record["artifact"])).load_into(network)
+    Artifact.load(Path(record.artifact)).load_into(network)
     for name, tensor in published.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name])
     (cache / "mobilenet_v2-b0353104.pth").unlink()
-    assert command("src.evaluate", f"artifact={record['artifact']}", f"data_root={tmp_path}").returncode == 0
+    assert cli("evaluate", f"artifact={record.artifact}", f"data_root={tmp_path}").returncode == 0
     if not (cache / "mobilenet_v2-b0353104.pth").exists():  # no network, no weights
         with pytest.raises(BitfrontError, match=r"no pretrained weights for torchvision\.mobilenet_v2.*init_from="):
             imagenet(*model[1:], name="resnet_imagenet").initial()
@@ -254,6 +260,6 @@ def test_a_damaged_photo_is_no_traceback(root: Path) -> None:
     for path in (root / "imagenet" / "train").glob("*/*"):
         path.write_bytes(path.read_bytes()[:200])
     words = ("task=resnet_imagenet", "model=torchvision.mobilenet_v2", *SMALL, f"data_root={root}", f"root={root}/r")
-    result = command("src.run", *words, "train.workers=1")
+    result = cli("run", *words, "train.workers=1")
     assert result.returncode == 1
     assert "could not read" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,172 @@
+"""Checking a command line before anything heavy is imported: the yaml files are the schema, a word must name a key that
+they have, with a value of that key's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from bitfront.cells import compose
+from bitfront.cells.identity import calibrated
+from bitfront.errors import BitfrontError
+
+CHOICES = {
+    "wandb": ("auto", "online", "offline", "disabled"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
+}
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list: "a list, [a,b]",
+}
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse words that do not fit the configuration, sweeps included.
+
+    Raises:
+        BitfrontError: naming the choices, or the closest key.
+    """
+    try:
+        overrides = compose.parse(words)
+    except HydraException as error:
+        raise BitfrontError(f"{error}; options are words like penalty=5") from None
+    overrides = [o for o in overrides if not compose.names(o.key_or_group, "hydra")]
+    chosen: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise BitfrontError(f"'{override.input_line}' adds or deletes a key; only existing keys can be set")
+        if override.is_sweep_override() and (compose.names(key, *compose.SWEEP) or key == "trainer.devices"):
+            raise BitfrontError(f"{key} is the same for all cells of a sweep; give it one value")
+        if key in compose.GROUPS:
+            chosen[key] = _choices(override)
+    for group in compose.CELL:
+        chosen.setdefault(group, [compose.default(group)])
+    for choice in itertools.product(*chosen.values()):
+        pair = dict(zip(chosen, choice, strict=True))
+        try:
+            config = compose.files(**pair)
+        except MissingConfigException:  # of Hydra's launcher
+            raise BitfrontError(
+                "cluster=ray needs two more packages: pip install 'hydra-ray-launcher==1.2.2' 'ray[default]==2.60.0'"
+            ) from None
+        for override in overrides:
+            if override.key_or_group not in compose.GROUPS:
+                _check_key(config, override, pair["quant"], overrides)
+
+
+def check_type(key: str, default: Any, value: Any) -> None:
+    """Refuse a value that is not of the type of a key's default, or not among its choices.
+
+    Raises:
+        BitfrontError: with the type, or the choices.
+    """
+    if key == "quant.layers":
+        if not (value is None or (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()))):
+            raise BitfrontError(f"{key} takes a mapping like {{head.*: {{bits: 8}}}}, got '{value}'")
+        return
+    if default is None:
+        if value is not None and not isinstance(value, (str, QuotedString)):
+            raise BitfrontError(f"{key} takes a word or null, got '{value}'")
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int),
+        float: number and math.isfinite(value),
+        list: isinstance(value, list),
+        dict: False,
+        str: isinstance(value, (str, QuotedString)),
+    }[type(default)]
+    if not fits:
+        wanted = TYPES.get(type(default), "no value; set one of its keys")
+        raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
+    if key in CHOICES and str(value) not in CHOICES[key]:
+        raise BitfrontError(f"there is no {key}={value}; choices: {', '.join(CHOICES[key])}")
+
+
+def check_choice(group: str, name: str) -> None:
+    """Refuse a task, method, cluster or sweeper that there is no yaml of.
+
+    Raises:
+        BitfrontError: with the choices.
+    """
+    if name not in (known := compose.options(group)):
+        raise BitfrontError(f"there is no {group}={name}; {closest(name, known)}choices: {', '.join(known)}")
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """A suggestion, if a known name is close."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean '{close[0]}'? " if close else ""
+
+
+def _choices(override: Override) -> list[str]:
+    names = [str(value) for value in _values(override)]
+    for name in names:
+        check_choice(override.key_or_group, name)
+    return names
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    return list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+
+
+def _check_key(config: DictConfig, override: Override, method: str, overrides: list[Override]) -> None:
+    key = override.key_or_group
+    if compose.names(key, "sweeper") and OmegaConf.select(config, key) is None:
+        raise BitfrontError(f"{key} is an option of a search; add sweeper=optuna")
+    if compose.names(key, *compose.BLOCKS):
+        raise BitfrontError(
+            f"'{key}' is a fact of the task, in its yaml; a cell sets train.*, quant.min_size, quant.samples and so on"
+        )
+    known = [k for k in _keys(config) if not compose.names(k, "hydra", *compose.BLOCKS)]
+    if key not in known:
+        short = [k for k in known if "." not in k and not OmegaConf.is_config(config[k])]
+        short += [k for k in known if k.startswith("quant.") and k != "quant._target_"]
+        raise BitfrontError(
+            f"quant={method} has no option '{key}'; {closest(key, known)}options: {', '.join(short)}, task.*, train.*"
+        )
+    if key.startswith("train.") and calibrated(config) and not (config.quant.sft or _sets(overrides, "quant.sft")):
+        raise BitfrontError(
+            f"quant={method} does not train, so {key} means nothing to it; for another float start run quant=float "
+            "with it and give init_from=<its artifact>; quant.sft=true fine-tunes"
+        )
+    default = OmegaConf.select(config, key)
+    interval = override.value()
+    if isinstance(interval, IntervalSweep) and type(default) is not type(interval.start):
+        raise BitfrontError(f"{key} takes no such interval; whole numbers take int(interval(2,8)), words a list: a,b,c")
+    if compose.shared().get(key, key) is None:  # null in config.yaml: null or a word
+        default = None
+    plain = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
+    for value in _values(override):
+        check_type(key, plain, value)
+
+
+def _sets(overrides: list[Override], key: str) -> bool:
+    """Whether the command line has a true value for a key."""
+    return any(True in _values(o) for o in overrides if o.key_or_group == key)
+
+
+def _keys(config: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in map(str, config):
+        keys.append(prefix + key)
+        node = config._get_node(key) if isinstance(config, DictConfig) else config[key]
+        if isinstance(node, DictConfig):
+            keys += _keys(node, f"{prefix}{key}.")
+    return keys

@@ -1,0 +1,230 @@
+"""A cell's configuration: what the yaml files say of its task and method, then the command line.
+
+Hydra composes the files of each pair once. What a task says for all methods stands in blocks of its yaml, and is laid
+over the recipe and the method's settings in this order, each over the one before:
+
+    train                what the float network is trained with
+    finetune.train       what of it differs where a cell starts from trained weights
+    calibration.train    what of it differs where a calibrated network is fine-tuned (``quant.sft=true``)
+    methods.<method>     what is true of this pair alone
+    the command line
+    tiny                 with ``smoke=true``, whatever else is asked for: whole numbers are upper limits
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bitfront.cells.identity import calibrated
+from bitfront.errors import BitfrontError
+from bitfront.shipped import module, shipped
+
+CONF = shipped("conf")
+OWN = "BITFRONT_CONF"  # a folder of the user's with tasks and methods beside ours; --config-dir sets it
+CELL = ("task", "quant")  # the groups that make a cell
+SWEEP = ("cluster", "sweeper")  # those that say how many cells are run
+GROUPS = (*CELL, *SWEEP)
+BLOCKS = ("finetune", "tensors", "calibration", "methods", "tiny")  # of a task, which no word of a command line sets
+SHOWN = ("task.", "train.", "quant.", "init_from", "trainer.")  # in the setting, if they differ
+
+
+@dataclass(frozen=True)
+class Config:
+    """One cell's configuration.
+
+    Attributes:
+        task, method: names of the choices.
+        values: of all keys; ``task``, ``train`` and ``quant`` are what builds its objects.
+        setting: as words, the method's first knob, and what else differs from the files.
+    """
+
+    task: str
+    method: str
+    values: dict[str, Any]
+    setting: str
+
+
+def folders() -> list[Path]:
+    """Where the yaml files are: the user's own come first."""
+    return [*([Path(own)] if (own := os.environ.get(OWN)) else []), CONF]
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: its yaml files."""
+    return sorted({path.stem for folder in folders() for path in (folder / group).glob("*.yaml")})
+
+
+def file(group: str, name: str) -> Path:
+    """The yaml of a choice, or of what it builds on."""
+    return next(path for folder in folders() if (path := folder / group / f"{name}.yaml").is_file())
+
+
+def target(group: str, name: str) -> str:
+    """The class of a task or method, as our configuration, or the user's own, names it."""
+    other = {"task": "quant", "quant": "task"}[group]
+    named = files(**{group: name, other: default(other)})[group].get("_target_")
+    if named is None:
+        raise BitfrontError(f"'{file(group, name)}' has no {group}._target_, the class of {group}={name}")
+    return str(named)
+
+
+def default(group: str) -> str:
+    """What is chosen without a word."""
+    return next(part[group] for part in shared()["defaults"] if isinstance(part, dict) and group in part)
+
+
+def shared() -> dict[str, Any]:
+    """What every cell has: config.yaml."""
+    return _content(CONF / "config.yaml")
+
+
+def load(words: Sequence[str]) -> Config:
+    """Compose a cell.
+
+    Args:
+        words: of a command line without sweeps, as ``task=vit quant=diffq penalty=5``.
+    """
+    overrides = {o.key_or_group: o for o in parse(words) if not names(o.key_or_group, *SWEEP, "hydra")}
+    task, method = (str(overrides[group].value()) if group in overrides else default(group) for group in CELL)
+    base = files(task=task, quant=method)
+    typed = {_by_knob(base, key): o for key, o in overrides.items() if key not in CELL}
+    found = _layered(base, method, {key: o.value() for key, o in typed.items()})
+    plain = OmegaConf.to_container(found, resolve=True)
+    assert isinstance(plain, dict)
+    values = {str(key): value for key, value in plain.items() if key not in (*BLOCKS, *SWEEP)}
+    for group in CELL:
+        values[group].pop("_target_", None)
+    return Config(task, method, values, _setting(task, method, typed, found))
+
+
+def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictConfig) -> str:
+    usual = _usual(task, method, bool(found.smoke), *searchpath())
+    of_method, of_task = knobs("quant", method), {knob for knob, _ in knobs("task", task)}
+    told = [f"{knob}={found[knob]}" for n, (knob, value) in enumerate(of_method) if n == 0 or found[knob] != value]
+    for key, o in typed.items():
+        shown = key in of_task or (key.startswith(SHOWN) and key != "trainer.accelerator")
+        if shown and OmegaConf.select(usual, key) != OmegaConf.select(found, key):
+            told.append(f"{key}={(o.input_line or '').partition('=')[2]}")
+    return " ".join(told)
+
+
+def parse(words: Sequence[str]) -> list[Override]:
+    """What each word of a command line means; a name twice means what comes last. ``glob(*)`` is what it matches."""
+    parser, found = OverridesParser.create(), {}
+    for o in parser.parse_overrides(list(words)):
+        value = o.value()
+        if isinstance(value, Glob) and o.key_or_group in GROUPS:
+            o = parser.parse_override(f"{o.key_or_group}={','.join(value.filter(options(o.key_or_group)))}")
+        found[o.key_or_group] = o
+    return list(found.values())
+
+
+def files(**choices: str) -> DictConfig:
+    """The yaml files of some choices as Hydra composes them, not resolved and not to be changed; each once."""
+    return _composed(*(f"{group}={name}" for group, name in sorted(choices.items())), *searchpath())
+
+
+@functools.cache
+def _composed(*words: str) -> DictConfig:
+    try:
+        if GlobalHydra.instance().is_initialized():  # inside a job of Hydra's
+            return compose("config", list(words))
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", list(words))
+    except MissingConfigException:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise BitfrontError(f"the yaml files of {' '.join(words)} do not fit together: {error}") from None
+
+
+def searchpath() -> list[str]:
+    """The word by which Hydra finds the user's own folder, if there is one."""
+    return [f"hydra.searchpath=[file://{own}]"] if (own := os.environ.get(OWN)) else []
+
+
+def command(words: Sequence[str]) -> str:
+    """The command line that runs a cell."""
+    own = ["--config-dir", os.environ[OWN]] if os.environ.get(OWN) else []
+    return f"{module('run')} {shlex.join([*own, *words])}"
+
+
+def names(word: str, *keys: str) -> bool:
+    """Whether an override is of one of these top-level keys or groups: ``trainer.devices=2`` is of ``trainer``."""
+    return re.split(r"[=./]", word, maxsplit=1)[0] in keys
+
+
+def knobs(group: str, name: str) -> list[tuple[str, Any]]:
+    """The keys that a choice's yaml, or one that it builds on, declares at top level, with their defaults."""
+    keys = _content(file(group, name))
+    if group in SWEEP:
+        return [(f"{group}.{key}", value) for key, value in keys[group].items()]
+    own = {key: v for key, v in keys.items() if key not in (*GROUPS, *BLOCKS, "train", "init_from", "defaults")}
+    bases = [str(Path(name).parent / part) for part in keys.get("defaults", []) if part != "_self_"]
+    inherited = {key: value for base in bases for key, value in knobs(group, base)}
+    return [*own.items(), *((key, value) for key, value in inherited.items() if key not in own)]
+
+
+@functools.cache
+def _usual(task: str, method: str, smoke: bool, *_: str) -> DictConfig:
+    """A cell without a word of its own."""
+    return _layered(files(task=task, quant=method), method, {"smoke": smoke})
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _parsed(path: Path, _: int) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def _layered(base: DictConfig, method: str, typed: Mapping[str, Any]) -> DictConfig:
+    pair, words = base.methods.get(method) or {}, OmegaConf.create()
+    for key, value in typed.items():
+        OmegaConf.update(words, key, value, force_add=True)
+    if calibrated(base):
+        recipe = base.calibration.train
+    else:
+        started = OmegaConf.merge(base, pair, words).init_from is not None
+        recipe = base.finetune.train if started else {}
+    found = OmegaConf.merge(base, {"train": recipe or {}}, pair, words)
+    assert isinstance(found, DictConfig)
+    if found.smoke:
+        _shrink(found, found.tiny or {})
+    return found
+
+
+def _shrink(config: DictConfig, limits: Any) -> None:
+    """Lay ``tiny`` over a configuration: whole numbers are upper limits."""
+    for key, limit in limits.items():
+        if OmegaConf.is_dict(limit) and OmegaConf.is_dict(config.get(key)):
+            _shrink(config[key], limit)
+        elif type(limit) is int:
+            config[key] = min(config[key], limit)
+        else:
+            config[key] = limit
+
+
+def _by_knob(base: DictConfig, key: str) -> str:
+    """``bits`` for ``quant.bits``, where a knob sets the key: one cell has one setting."""
+    group, _, name = key.partition(".")
+    raw: Any = OmegaConf.to_container(base[group], resolve=False) if group in CELL else {}
+    knob = re.fullmatch(r"\$\{(\w+)\}", str(raw.get(name)))
+    return knob[1] if knob else key

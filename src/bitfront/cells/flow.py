@@ -1,0 +1,225 @@
+"""The flow of one cell, the same for every task and method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import distributed, nn
+
+from bitfront.cells import compose
+from bitfront.cells.batchnorm import batch_norms, reestimate
+from bitfront.cells.compose import Config
+from bitfront.cells.identity import trains
+from bitfront.cells.provenance import environment, peak_memory
+from bitfront.cells.record import Head, Primary, Record, Sizes, sha256
+from bitfront.cells.runs import Origin, Run
+from bitfront.cells.tracking import Tracker
+from bitfront.cells.training import Training, accelerator, check_trainer, fit
+from bitfront.errors import BitfrontError
+from bitfront.processes import processes, rank
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.core import Float, Method
+from bitfront.quant.model import QuantizedModel
+from bitfront.quant.plan import Calibration
+from bitfront.tasks.core import Task, to_device
+from bitfront.tasks.recipe import Recipe
+
+
+def build_task(config: Config) -> Task:
+    """The task of a configuration.
+
+    Raises:
+        BitfrontError: its values do not fit.
+    """
+    values = config.values
+    recipe = Recipe(**values["train"])
+    return _built(
+        "task", config.task, values["task"], recipe=recipe, data_root=values["data_root"], seed=values["seed"]
+    )
+
+
+def build_method(config: Config) -> Method:
+    """The method of a configuration, likewise."""
+    return _built("quant", config.method, config.values["quant"])
+
+
+def _built(group: str, name: str, values: dict[str, Any], **more: Any) -> Any:
+    """The object of a choice: of the class that our configuration, or the user's own, has for the name."""
+    place, _, kind = compose.target(group, name).rpartition(".")
+    try:
+        return getattr(import_module(place), kind)(**values, **more)
+    except (ImportError, AttributeError) as error:
+        raise BitfrontError(f"there is no {place}.{kind}, of which {group}={name} is to be ({error})") from None
+    except TypeError as error:
+        raise BitfrontError(f"{group}={name}: {error}") from None
+
+
+def execute(config: Config, words: list[str], origin: Origin | None, run: Run) -> Record:
+    """Run a cell whose directory is locked; resume its training if it was interrupted.
+
+    Args:
+        config: of the cell.
+        words: its command line.
+        origin: artifact to start from.
+        run: where results go.
+
+    Raises:
+        BitfrontError: with what the user can do; recorded as the run's failure.
+    """
+    head = Head(
+        id=run.path.name,
+        task=config.task,
+        method=config.method,
+        setting=config.setting,
+        seed=config.values["seed"],
+        overrides=words,
+        config=config.values,
+        init_sha256=origin.sha256 if origin else None,
+        environment=environment(),
+    )
+    try:
+        record = _run(config, origin, run, head)
+    except BitfrontError as error:
+        if rank() == 0:
+            with suppress(BitfrontError):  # on a full disk, the first message is the one that counts
+                run.fail(vars(head), str(error))
+        raise
+    if record:
+        run.finish(record)
+        run.clean()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+    finished = run.finished()
+    if finished is None:
+        raise BitfrontError("only process 0 writes results; run this cell in one process")
+    return finished
+
+
+def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record | None:
+    """The record; None in all processes but the first."""
+    trainer = config.values["trainer"]
+    device = torch.device(accelerator(trainer["accelerator"]))
+    task, method = build_task(config), build_method(config)
+    check_trainer(trainer, device)
+    stages: dict[str, dict[str, float]] = {}
+    with _measured("attach", stages):
+        model = _attached(config, task, method, origin, device, run)
+    history: list[dict[str, float]] = []
+    tracker = Tracker(config.values["wandb"] if rank() == 0 else "disabled", head, run.path)
+    try:
+        if trains(config.values) and not (task.pretrained and isinstance(method, Float)):
+            training = Training(model, task, method, run.checkpoint, tracker)
+            with _measured("train", stages):
+                fit(training, trainer)
+            history = training.history
+            stages["train"]["seconds"] = training.seconds  # of interrupted attempts too
+        if method.reestimate_bn:
+            with _measured("reestimate_bn", stages):
+                reestimate(model, task, device)
+        if rank() > 0:  # process 0 alone saves and measures, so that the numbers do not depend on how many there are
+            return None
+        record = _saved(config, task, model.cpu().eval(), device, run, head, stages=stages, history=history)
+        tracker.finish(record)
+        return record
+    finally:
+        tracker.close()
+
+
+def _saved(
+    config: Config, task: Task, model: QuantizedModel, device: torch.device, run: Run, head: Head, **made: Any
+) -> Record:
+    """Save the network, measure the file, and sum up."""
+    model.save(run.artifact, about(config))
+    with _measured("evaluate", made["stages"]):
+        metrics = evaluate(task, run.artifact, device)
+    name, higher = task.primary
+    return Record(
+        **vars(head),
+        **made,
+        primary=Primary(name, higher, metrics["test"][name]),
+        metrics=metrics,
+        sizes=sizes(model, run.artifact),
+        widths=model.widths(),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        processes=processes()[1],
+        calibration=model.log,
+        artifact=str(run.artifact),
+        artifact_sha256=sha256(run.artifact),
+    )
+
+
+def about(config: Config) -> dict[str, Any]:
+    """What a file says of its task: enough to build the network and to measure it as in its run (``recorded``)."""
+    values = {"task": config.values["task"], "train": {"batch_size": config.values["train"]["batch_size"]}}
+    return {"task": config.task, "config": values, "smoke": config.values["smoke"]}
+
+
+def evaluate(task: Task, artifact: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Metrics of an artifact file, by split, in a fresh float network."""
+    network = task.model()
+    Artifact.load(artifact).load_into(network)
+    return {split: task.evaluate(network.to(device), split, device, shared=False) for split in ("valid", "test")}
+
+
+def sizes(model: QuantizedModel, artifact: Path) -> Sizes:
+    """Bytes of the file (the size that counts), of its tensors, and of the float network's; MB by the papers' rule."""
+    state = model.network.state_dict(keep_vars=True).values()
+    return Sizes(
+        file=artifact.stat().st_size,
+        payload=Artifact.load(artifact).payload,
+        float=sum(t.numel() * t.itemsize for t in {id(t): t for t in state}.values()),
+        rule_mb=model.megabytes().item(),
+        parameters=sum(p.numel() for p in model.network.parameters()),
+    )
+
+
+def _attached(
+    config: Config, task: Task, method: Method, origin: Origin | None, device: torch.device, run: Run
+) -> QuantizedModel:
+    if isinstance(method, PostTraining) and not origin:
+        raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
+    if isinstance(method, PostTraining) and device.type == "mps":
+        raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
+    pl.seed_everything(task.seed, verbose=False)
+    network = task.model() if origin else task.initial()
+    if origin:
+        Artifact.load(origin.path).load_into(network)
+    if method.reestimate_bn and not batch_norms(network):
+        raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
+    if config.values["smoke"]:
+        method = method.fitting(network)
+    if not isinstance(method, PostTraining):
+        return method.attach(network)
+    try:
+        return method.attach(network.to(device), _calibration(task, method, network, device, run))
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
+
+
+def _calibration(task: Task, method: PostTraining, network: nn.Module, device: torch.device, run: Run) -> Calibration:
+    return Calibration(
+        batches=task.calibration(method.samples, method.batch_size),
+        run=lambda net, batch: task.loss(net, to_device(batch, device)),
+        blocks=task.blocks(network),
+        valid=task.valid,
+        states=run.blocks,
+        seed=task.seed,
+    )
+
+
+@contextmanager
+def _measured(stage: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    stages[stage] = {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+    if torch.cuda.is_initialized():
+        stages[stage]["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,214 @@
+"""The record of a run: ``record.json``, one schema, read by report, page and dashboard."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from bitfront.cells.identity import identity
+from bitfront.shipped import module
+
+SCHEMA = "bitfront/record/2"
+FILE = "record.json"
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The headline metric, on the test split."""
+
+    name: str
+    higher_is_better: bool
+    value: float
+
+    def better(self, value: float) -> float:
+        """A value of the metric such that more is better."""
+        return value if self.higher_is_better else -value
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a run's network.
+
+    Attributes:
+        file: bytes of the artifact, the size that counts.
+        payload: bytes of its tensors.
+        float: bytes of the float network's tensors.
+        rule_mb: MB by the papers' rule.
+        parameters: number of parameters.
+    """
+
+    file: int
+    payload: int
+    float: int
+    rule_mb: builtins.float
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What is known of a run before it has begun.
+
+    Attributes:
+        id: ``identity`` of the cell.
+        task, method, setting: as ``compose.Config`` has them.
+        seed: of the cell.
+        overrides: the words of its command line.
+        config: the values of ``compose.Config``.
+        init_sha256: hash of the artifact that it starts from, or None.
+        environment: code revision, versions and machine.
+    """
+
+    id: str
+    task: str
+    method: str
+    setting: str
+    seed: int
+    overrides: list[str]
+    config: dict[str, Any]
+    init_sha256: str | None
+    environment: dict[str, Any]
+
+    @property
+    def smoke(self) -> bool:
+        """Whether it is of a tiny network on generated data."""
+        return bool(self.config["smoke"])
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the run again."""
+        return f"{module('run')} {shlex.join(self.overrides)}"
+
+    def identity(self, **values: Any) -> str:
+        """The id by what the record says, with other values for some keys of its configuration."""
+        return identity(self.task, self.method, self.config | values, self.init_sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Head):
+    """A finished run.
+
+    Attributes:
+        primary: name and value of the headline metric.
+        metrics: by split, by name.
+        sizes: of the file and the network.
+        widths: by quantized tensor, how many of its weights have 0, 1, 2, ... bits.
+        stages: by name, ``seconds``, ``peak_memory`` and ``peak_gpu_memory`` in bytes.
+        history: numbers of each epoch.
+        artifact, artifact_sha256: path and hash of the file.
+        device: "cpu", or a GPU by its name.
+        processes: that trained together.
+        calibration: of each layer and block, how a method after training fared.
+    """
+
+    primary: Primary
+    metrics: dict[str, dict[str, float]]
+    sizes: Sizes
+    widths: dict[str, list[int]]
+    stages: dict[str, dict[str, float]]
+    history: list[dict[str, float]]
+    artifact: str
+    artifact_sha256: str
+    device: str = "cpu"
+    processes: int = 1
+    calibration: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of calibration and training; evaluation does not count."""
+        return sum(stage["seconds"] for name, stage in self.stages.items() if name != "evaluate")
+
+    def metric(self, split: str) -> float | None:
+        """The headline metric on a split."""
+        return self.metrics.get(split, {}).get(self.primary.name)
+
+    def summary(self) -> str:
+        """One line: metric, size, ratio, file."""
+        cell = f"{self.task} {self.method} {self.setting}".strip()
+        return (
+            f"{cell}: {self.primary.name} {self.primary.value:.4g}, "
+            f"{self.sizes.file:,} bytes, {self.sizes.float / self.sizes.file:.2f}x smaller than float  {self.artifact}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of its file."""
+        content = asdict(self)
+        return {key: value for key, value in content.items() if key != "calibration" or value}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """From the content of its file.
+
+        Raises:
+            ValueError: a key is missing, unknown, or of another type.
+        """
+        known = {f.name: f for f in fields(cls)}
+        if unknown := content.keys() - known.keys():
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        required = {name for name, f in known.items() if f.default is f.default_factory is MISSING}
+        if missing := required - content.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        for name, value in content.items():
+            kind = _KINDS.get(str(known[name].type).partition("[")[0], object)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {type(value).__name__}")
+        try:
+            parts = {"primary": Primary(**content["primary"]), "sizes": Sizes(**content["sizes"])}
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return cls(**{**content, **parts})
+
+
+_KINDS: dict[str, Any] = {
+    **{"str": str, "int": int, "list": list, "dict": Mapping, "Primary": Mapping, "Sizes": Mapping},
+    "str | None": (str, type(None)),
+}
+
+
+def read(path: Path) -> Record | None:
+    """A finished record, or None if the file is missing, cut off or no such record."""
+    content = content_of(path)
+    if content is None or content.pop("status") != "finished":
+        return None
+    try:
+        return Record.of(content)
+    except ValueError:
+        return None
+
+
+def content_of(path: Path) -> dict[str, Any] | None:
+    """What a record's file says, finished or failed, without its schema; None if it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA or "status" not in content:
+        return None
+    return content
+
+
+def read_all(root: Path) -> list[Record]:
+    """Every finished record below a folder: run directories, or copies of their records under any name."""
+    records = (read(path) for path in sorted(root.rglob("*.json")) if "wandb" not in path.parts)
+    return [record for record in records if record]
+
+
+def text_of(status: str, content: Mapping[str, Any]) -> str:
+    """The text of a record's file."""
+    return json.dumps({"schema": SCHEMA, "status": status} | dict(content), indent=1) + "\n"
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def numbers(records: Sequence[Record]) -> set[str]:
+    """The names of all that their epochs have logged."""
+    return {name for record in records for epoch in record.history for name in epoch} - {"epoch"}

@@ -1,0 +1,133 @@
+"""Run directories, each named by the identity of its cell, so that the same command finds its finished result, or what
+an interrupted run left.
+
+    <root>/<task>/<method>/<id>/{model.safetensors, record.json, lock, owner}, and while running last.ckpt, blocks/
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bitfront.cells.record import FILE, Record, read, text_of
+from bitfront.errors import BitfrontError, BusyError
+
+JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An artifact that a run starts from."""
+
+    path: str
+    sha256: str
+
+
+class Run:
+    """One run directory.
+
+    Args:
+        path: the directory; made when the run is locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.artifact, self.checkpoint, self.blocks = path / "model.safetensors", path / "last.ckpt", path / "blocks"
+        self.lock, self.owner = path / "lock", path / "owner"
+
+    def finished(self) -> Record | None:
+        """The record, if the run is complete; it names the artifact where the directory is now."""
+        record = read(self.path / FILE)
+        if not record or not self.artifact.is_file():
+            return None
+        if self.artifact.stat().st_size != record.sizes.file:
+            return None  # damaged since: run the cell again
+        return replace(record, artifact=str(self.artifact))
+
+    def begun(self) -> str:
+        """After what an interrupted run would go on; empty if there is nothing of it."""
+        if self.checkpoint.is_file():
+            return "its last finished epoch"
+        blocks = len(list(self.blocks.glob("[0-9]*.pt")))
+        return f"block {blocks}" if self.blocks.is_dir() else ""
+
+    def clean(self) -> None:
+        """Remove what only an interrupted run needs."""
+        self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.blocks, ignore_errors=True)
+
+    @contextmanager
+    def locked(self, wait: bool) -> Iterator[None]:
+        """Hold the run directory; the system lets go of it when the process dies, however it dies.
+
+        Raises:
+            BusyError: another process holds it and ``wait`` is false.
+            BitfrontError: it cannot be written.
+        """
+        lock = FileLock(self.lock)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise BusyError(
+                f"this cell is running already ({self._owner() or 'elsewhere'}, '{self.path}'); wait for it"
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            job = f", job {os.environ[JOB]}" if JOB in os.environ else ""
+            self.write(self.owner, f"process {os.getpid()} on {socket.gethostname()}{job}")
+            yield
+        finally:
+            lock.release()
+
+    def held(self, job: str = "") -> bool:
+        """Whether a process holds the directory; if a job is named, whether one of that job does."""
+        if not self.lock.is_file():
+            return False
+        try:
+            with FileLock(self.lock, timeout=0):
+                return False
+        except Timeout:
+            return not job or self._owner().endswith(f", job {job}")
+
+    def finish(self, record: Record) -> None:
+        """Write the record of a finished run.
+
+        Raises:
+            BitfrontError: the directory cannot be written.
+        """
+        self.write(self.path / FILE, text_of("finished", record.as_json()))
+
+    def fail(self, head: Mapping[str, Any], error: str) -> None:
+        """Write why a run failed; it is tried again next time."""
+        self.write(self.path / FILE, text_of("failed", {"error": error, **head}))
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file of the directory atomically.
+
+        Raises:
+            BitfrontError: it cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _owner(self) -> str:
+        return self.owner.read_text() if self.owner.is_file() else ""
+
+    def _unwritable(self, error: OSError) -> BitfrontError:
+        return BitfrontError(
+            f"cannot write to '{self.path}' ({error.strerror}); make room or choose another root=<folder>"
+        )

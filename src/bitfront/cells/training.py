@@ -1,0 +1,309 @@
+"""Training: the one LightningModule for every task and method, and the Trainer's construction."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from bitfront.cells.tracking import Tracker
+from bitfront.errors import BitfrontError
+from bitfront.processes import rank
+from bitfront.quant.core import Method
+from bitfront.quant.model import QuantizedModel
+from bitfront.tasks.core import Task
+
+
+class Chain(Optimizer):
+    """Several optimizers stepped as one, so that weights and widths can have their own kind.
+
+    Args:
+        optimizers: over disjoint parameters.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+class Training(pl.LightningModule):
+    """Task loss plus penalty times size, with a validation, a checkpoint and a log entry after each epoch.
+
+    Args:
+        model: what is trained.
+        task: loss, data, recipe.
+        method: penalty and the quantizers' optimizer.
+        checkpoint: where to resume from, and to leave the state after each epoch.
+        tracker: gets each epoch's numbers and widths.
+    """
+
+    def __init__(
+        self, model: QuantizedModel, task: Task, method: Method, checkpoint: Path, tracker: Tracker | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.task, self.method, self.checkpoint = model, task, method, checkpoint
+        self.recipe, self.tracker = task.recipe, tracker
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None  # score of the best epoch, and its state
+        self.average = None
+        if self.recipe.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema)).requires_grad_(
+                False
+            )
+
+    @property
+    def result(self) -> QuantizedModel:
+        """What is validated and kept: the model, or its average."""
+        if self.average is None:
+            return self.model
+        assert isinstance(self.average.module, QuantizedModel)
+        return self.average.module
+
+    def configure_optimizers(self) -> Any:
+        own = list(self.model.quantizers.parameters())
+        extra = self.method.optimizer(own) if own else None
+        parameters = [*self.model.network.parameters(), *([] if extra else own)]
+        self.main = self.recipe.optimizer(parameters, self.task.decays)
+        chain = Chain([self.main, *([extra] if extra else [])])
+        steps = self.trainer.estimated_stepping_batches
+        schedules = [lambda step: self.recipe.lr_factor(step, int(steps))] * len(self.main.param_groups)
+        constant = [lambda step: 1.0] * (len(chain.param_groups) - len(self.main.param_groups))
+        return {
+            "optimizer": chain,
+            "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"},
+        }
+
+    def train_dataloader(self) -> Any:
+        # Lightning sets the epoch, too, but on resuming only after it has started to iterate.
+        parts = self.trainer.accumulate_grad_batches
+        return self.task.loader("train", epoch=len(self.history), parts=parts)
+
+    def on_train_epoch_start(self) -> None:
+        # Every draw of an epoch depends on (seed, epoch, process) alone: a resumed run repeats it.
+        draws = np.random.SeedSequence([self.task.seed, self.current_epoch, rank()])
+        pl.seed_everything(int(draws.generate_state(1)[0]), verbose=False)
+        self.started = time.perf_counter()
+        self.total = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = self.task.loss(self.model, batch)
+        self.total += loss.detach()
+        if self.method.penalty:
+            return loss + self.method.penalty / self.task.summed * self.model.megabytes()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # A layer that this step left out (layer drop) has no say, and the penalty alone would narrow it.
+        if self.method.penalty and self.model.names:
+            parts = [(quantizer, w.grad) for _, quantizer, w in self.model.items()]
+            used = [self.total.new_zeros((), dtype=torch.bool) if g is None else g.any() for _, g in parts]
+            # All at once: the GPU is waited for once, not for each tensor.
+            for (quantizer, _), moved in zip(parts, torch.stack(used).tolist(), strict=True):
+                if not moved:
+                    for p in quantizer.parameters():
+                        p.grad = None
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        # Widths with an optimizer of their own neither count nor are clipped: the weights move as without them.
+        if self.recipe.clip:
+            parameters = [p for group in self.main.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def on_train_epoch_end(self) -> None:
+        # The same number in every process, so that all of them go on or stop.
+        loss = self.trainer.strategy.reduce(self.total, reduce_op="mean").item() / self.trainer.num_training_batches
+        if not loss < float("inf"):
+            raise BitfrontError(
+                f"the loss became {loss} in epoch {self.current_epoch + 1}; lower train.lr and run again"
+            )
+        result = self.result.eval()
+        numbers = {f"valid/{k}": v for k, v in self.task.evaluate(result, "valid", self.device).items()}
+        with torch.no_grad():
+            numbers["size_mb"] = result.megabytes().item()
+        self.seconds += time.perf_counter() - self.started
+        self.history.append({"epoch": self.current_epoch + 1, "train/loss": loss, **numbers})
+        if self.recipe.keep != "last":
+            self.compare(numbers)
+        if self.tracker and self.tracker.run is not None:
+            self.tracker.log(self.current_epoch + 1, self.history[-1], self.model.widths())
+        self.save()
+        self.model.train()
+
+    def compare(self, numbers: dict[str, float]) -> None:
+        """Keep a copy of the model if it is the best so far: small enough, or else the smallest."""
+        name, higher = self.task.primary if self.recipe.keep == "best" else ("loss", False)
+        excess = max(numbers["size_mb"] - self.recipe.max_size, 0.0) if self.recipe.max_size else 0.0
+        value = numbers[f"valid/{name}"] * (1 if higher else -1)
+        score = [-excess, value if value == value else -math.inf]
+        if self.best is None or score > self.best["score"]:
+            state = {key: t.detach().cpu().clone() for key, t in self.result.state_dict().items()}
+            self.best = {"score": score, "state": state}
+
+    def on_fit_end(self) -> None:
+        if self.best is not None:
+            self.model.load_state_dict(self.best["state"])
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+
+    def save(self) -> None:
+        """Leave the state behind atomically."""
+        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}")
+        try:
+            self.trainer.save_checkpoint(temporary)
+            if rank() == 0:
+                os.replace(temporary, self.checkpoint)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise BitfrontError(
+                f"could not write '{self.checkpoint}' ({reason}); make room and run the same command, it resumes"
+            ) from None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bitfront"] = {"history": self.history, "seconds": self.seconds, "best": self.best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history, self.seconds, self.best = (checkpoint["bitfront"][key] for key in ("history", "seconds", "best"))
+
+
+class Progress(pl.Callback):
+    """One bar over the whole training with the last epoch's numbers; in a log file, a line every half minute."""
+
+    def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+        parts = trainer.accumulate_grad_batches
+        self.bar = tqdm(
+            total=int(trainer.estimated_stepping_batches) * parts,
+            initial=trainer.global_step * parts,
+            disable=not trainer.is_global_zero,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            unit="step",
+            leave=False,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, training: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(training, Training)
+        if training.history:
+            last, primary = training.history[-1], training.task.primary[0]
+            numbers = f"{primary} {last[f'valid/{primary}']:.4g}, {last['size_mb']:.3f} MB"
+            self.bar.set_postfix_str(f"epoch {last['epoch']:.0f}: {numbers}", refresh=False)
+        self.bar.update()
+
+    def teardown(self, trainer: pl.Trainer, training: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def quiet() -> None:
+    """Keep Lightning's banners and advertisements out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.handlers.clear()
+    warnings.filterwarnings("ignore", module=r"lightning.*")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+
+
+def accelerator(wanted: str) -> str:
+    """Resolve "auto", and refuse a device that is not there.
+
+    Raises:
+        BitfrontError: no such device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "mps": torch.backends.mps.is_available()}
+    there["gpu"] = there["cuda"] = torch.cuda.is_available()
+    if not there.get(wanted, False):
+        usable = ", ".join(name for name, available in there.items() if available)
+        raise BitfrontError(f"trainer.accelerator={wanted} is not available here; available: auto, {usable}")
+    return "cuda" if wanted == "gpu" else wanted
+
+
+def check_trainer(trainer: dict[str, Any], device: torch.device) -> None:
+    """Refuse values of the trainer that do not fit, and a precision that this device would take for another one.
+
+    Raises:
+        BitfrontError: with one that it has.
+    """
+    for name in ("devices", "accumulate_grad_batches"):
+        if trainer[name] < 1:
+            raise BitfrontError(f"trainer.{name} is positive, got {trainer[name]}")
+    if trainer["precision"] == "16-mixed" and device.type != "cuda":
+        raise BitfrontError("trainer.precision=16-mixed is for GPUs; choose bf16-mixed or 32-true here")
+
+
+def fit(training: Training, trainer: dict[str, Any]) -> None:
+    """Train to the end of the recipe, from the checkpoint if there is one.
+
+    Args:
+        training: holds the model, which is trained in place, and the history.
+        trainer: ``accelerator``, ``devices``, ``precision`` and ``accumulate_grad_batches`` of the configuration.
+
+    Raises:
+        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or that
+            is damaged.
+    """
+    quiet()
+    checkpoint = training.checkpoint if training.checkpoint.is_file() else None
+    damaged = BitfrontError(f"'{checkpoint}' is damaged; delete it and run again, training then starts over")
+    if checkpoint and not zipfile.is_zipfile(checkpoint):
+        raise damaged
+    # Other processes wait while the first one measures, which may take hours.
+    several = trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
+    runner = pl.Trainer(
+        **trainer | {"accelerator": accelerator(trainer["accelerator"])},
+        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
+        max_epochs=training.recipe.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[Progress()],
+    )
+    try:
+        runner.fit(training, ckpt_path=checkpoint, weights_only=True)
+    except pickle.UnpicklingError:  # it holds more than data
+        raise damaged from None
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower train.batch_size") from None

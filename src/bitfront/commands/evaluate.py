@@ -1,0 +1,106 @@
+"""Metrics of an artifact file, measured as in its run: loaded into a fresh float network.
+
+python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
+python -m src.evaluate artifact=runs/asr/lsq/<id>/model.safetensors task.beam=50    otherwise than in its run
+python -m src.evaluate artifact=<file> task=vit                                     a file that does not name its task
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitfront.cells.record import FILE, Record, read
+from bitfront.cells.recorded import otherwise, recorded
+from bitfront.commands.options import options
+from bitfront.commands.options import usage as usage_of
+from bitfront.console import CONSOLE
+from bitfront.errors import BitfrontError
+
+
+@dataclass
+class Options:
+    """Of the command; the task is the file's own, unless one is named."""
+
+    artifact: str = ""
+    data_root: str = "data"
+    accelerator: str = "auto"
+    task: str = ""
+
+
+def usage() -> str:
+    """The help."""
+    return usage_of(__doc__, Options)
+
+
+def main(words: list[str]) -> None:
+    """Print every metric with all its digits, and whether the run's record says the same; without a word, the help.
+
+    Raises:
+        BitfrontError: as ``evaluate`` does.
+    """
+    if not words:
+        CONSOLE.print(usage())
+        return
+    changes = [word for word in words if word.startswith("task.")]
+    chosen = options(Options, [word for word in words if word not in changes])
+    artifact = Path(chosen.artifact)
+    metrics = evaluate(artifact, chosen.data_root, chosen.accelerator, changes, chosen.task)
+    CONSOLE.print(f"{artifact}: {artifact.stat().st_size:,} bytes")
+    for split, values in metrics.items():
+        CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
+    record = read(artifact.with_name(FILE))
+    if record and not changes:
+        CONSOLE.print(compared(metrics, record))
+
+
+def evaluate(
+    artifact: Path, data_root: str, accelerator: str, changes: Sequence[str] = (), task: str = ""
+) -> dict[str, dict[str, float]]:
+    """Metrics by split.
+
+    Args:
+        artifact: the file.
+        data_root: where data sets are.
+        accelerator: as ``trainer.accelerator``.
+        changes: words ``task.<key>=<value>``, for keys of the task that are to differ from its run.
+        task: instead of the one that the file names.
+
+    Raises:
+        BitfrontError: the file, the data or the device is not there, or a key or value does not fit the task.
+    """
+    if not artifact.is_file():
+        raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
+    import torch
+
+    from bitfront.cells import flow, training
+    from bitfront.quant.artifact import Artifact
+
+    about = Artifact.load(artifact).about
+    config = recorded(about | ({"task": task} if task else {}), str(artifact))
+    otherwise(config, changes)
+    config.values["data_root"] = data_root
+    return flow.evaluate(flow.build_task(config), artifact, torch.device(training.accelerator(accelerator)))
+
+
+def compared(metrics: Mapping[str, Mapping[str, float]], record: Record) -> str:
+    """Whether a run's record says the same, and else by how much it differs at most; in the last digits it does where
+    it was made on another device.
+    """
+
+    def difference(found: float, value: float) -> float:
+        if found == value or (math.isnan(found) and math.isnan(value)):
+            return 0.0
+        relative = abs(found - value) / abs(value) if value else math.inf
+        return math.inf if math.isnan(relative) else relative
+
+    most = max(
+        difference(metrics[split].get(name, math.nan), value)
+        for split, values in record.metrics.items()
+        for name, value in values.items()
+    )
+    if not most:
+        return "the same as in its record"
+    return f"its record, made on {record.device}, differs by up to {100 * most:.2g} %: {record.metrics}"

@@ -1,0 +1,117 @@
+"""ImageNet (ILSVRC 2012) from its folders: image files that are decoded as they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfront.errors import BitfrontError
+
+SOURCE = "image-net.org/download, after signing in"
+ARCHIVES = ("ILSVRC2012_devkit_t12.tar.gz", "meta.bin")
+
+
+@dataclass
+class Photos:
+    """Labelled image files.
+
+    Attributes:
+        files: path and class of each.
+        view: makes a tensor ``[channels, height, width]`` of an image.
+        mixing: of a batch of images and their labels makes mixtures and ``[batch, classes]`` shares; or None.
+    """
+
+    files: list[tuple[str, int]]
+    view: Callable[[Any], Tensor]
+    mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch: ``[batch, channels, height, width]``, and labels ``[batch]``, or shares if they are mixed.
+
+        Raises:
+            BitfrontError: an image cannot be read.
+        """
+        x = torch.stack([self.view(opened(self.files[i][0])) for i in indices])
+        y = torch.tensor([self.files[i][1] for i in indices])
+        if self.mixing is None:
+            return x, y
+        if len(indices) % 2:  # images are mixed in pairs: the last one with itself
+            x, y = torch.cat([x, x[-1:]]), torch.cat([y, y[-1:]])
+        mixed, shares = self.mixing(x, y)
+        return mixed[: len(indices)], shares[: len(indices)]
+
+
+def opened(path: str) -> Any:
+    """An image file in RGB.
+
+    Raises:
+        BitfrontError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BitfrontError(f"could not read '{path}': {error}; copy the file again from {SOURCE}") from None
+
+
+def photos(
+    root: Path,
+    split: str,
+    classes: int,
+    held_out: int,
+    view: Callable[[Any], Tensor],
+    mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+) -> Photos:
+    """A split of ImageNet: "test" is the official validation set, "valid" a fixed part of the training images.
+
+    Args:
+        root: holds ``train/<class>/*`` and ``val/<class>/*``, or the official archives with the development kit,
+            which torchvision then unpacks once.
+        split: "train", "valid" or "test".
+        classes: how many there must be.
+        held_out: training images that validate.
+        view, mixing: as in ``Photos``.
+
+    Raises:
+        BitfrontError: a folder is missing, has other classes, or has no image.
+    """
+    folders = _folders(root)
+    found = [len(folder.classes) for folder in folders.values()]
+    if found != [classes, classes] or folders["train"].class_to_idx != folders["val"].class_to_idx:
+        raise BitfrontError(f"'{root}' needs the same {classes} classes in train and val, and has {found}")
+    files = folders["val" if split == "test" else "train"].samples
+    if split != "test":
+        if held_out >= len(files):
+            raise BitfrontError(f"task.held_out={held_out} leaves no image of {len(files)} to train on")
+        validation = set(np.random.default_rng(0).permutation(len(files))[:held_out].tolist())
+        files = [file for i, file in enumerate(files) if (i in validation) == (split == "valid")]
+    return Photos(files, view, mixing)
+
+
+def _folders(root: Path) -> dict[str, Any]:
+    """Both parts, so that a missing test split is noticed before the training."""
+    from torchvision import datasets
+
+    official = any((root / name).exists() for name in ARCHIVES)
+    try:
+        return {
+            part: datasets.ImageNet(str(root), part) if official else datasets.ImageFolder(str(root / part))
+            for part in ("train", "val")
+        }
+    except (OSError, RuntimeError) as error:
+        raise BitfrontError(
+            f"no ImageNet in '{root}' ({str(error).splitlines()[0]}): expected {root}/train/<class>/*.JPEG and "
+            f"{root}/val/<class>/*.JPEG, or the archives ILSVRC2012_{{devkit_t12.tar.gz,img_train.tar,img_val.tar}}; "
+            f"they come from {SOURCE}; data_root=<folder> gives the parent of '{root.name}'"
+        ) from None

@@ -1,0 +1,166 @@
+"""The packed file: what a quantized network is on disk.
+
+The file is safetensors. Each quantized tensor is one uint8 entry under its own name, laid out as ``packed`` says;
+everything else, small tensors and buffers, is stored as it is. The JSON header ``bitfront`` holds the version, the
+quantized tensors' layouts, the tied names, a checksum and the provenance. The file knows no method.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.quant.packed import Packed
+
+VERSION = 1
+
+
+@dataclass
+class Artifact:
+    """A file's content.
+
+    Attributes:
+        packed: quantized tensors by name.
+        raw: small tensors and buffers by name, in their stored type.
+        tied: other names of the same tensor, ``{alias: name}``.
+        about: provenance, plain JSON; ``about["task"]`` rebuilds the network.
+    """
+
+    packed: dict[str, Packed]
+    raw: dict[str, Tensor]
+    tied: dict[str, str]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, network: nn.Module, packed: Mapping[str, Packed], about: Mapping[str, Any]) -> Artifact:
+        """Everything that ``network.state_dict()`` holds, with the tensors in ``packed`` in their packed form.
+
+        Args:
+            network: its parameters and persistent buffers are stored.
+            packed: keyed by the first name of a tied tensor.
+            about: plain JSON.
+        """
+        raw: dict[str, Tensor] = {}
+        tied: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for name, tensor in network.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                raise BitfrontError(f"'{name}' of the network's state is no tensor; such networks cannot be stored")
+            known = first.setdefault(id(tensor), name)
+            if known != name:
+                tied[name] = known
+            elif name not in packed:
+                raw[name] = tensor.detach().cpu()
+        return cls(dict(packed), raw, tied, dict(about))
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the stored tensors, without the file's header."""
+        return sum(p.nbytes for p in self.packed.values()) + sum(t.numel() * t.itemsize for t in self.raw.values())
+
+    def save(self, path: Path) -> int:
+        """Write the file atomically; return its size in bytes.
+
+        Raises:
+            ArtifactError: the disk is full or the place is not writable; nothing is left behind.
+        """
+        tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
+        tensors = {name: t.contiguous().clone() if t.dim() == 0 else t.contiguous() for name, t in tensors.items()}
+        header = {
+            "version": VERSION,
+            "quantized": {name: packed.layout() for name, packed in self.packed.items()},
+            "tied": self.tied,
+            "crc32": _checksum(tensors),
+            "about": self.about,
+        }
+        data = safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+        write_atomically(path, data)
+        return len(data)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Artifact:
+        """Read a file.
+
+        Raises:
+            ArtifactError: missing, damaged, written by something else or by a newer version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArtifactError(f"there is no artifact at '{path}'; a run writes one as model.safetensors")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("bitfront", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or rerun the cell") from None
+        if not isinstance(header, dict):
+            raise ArtifactError(f"'{path}' was not written by bitfront: its header has no 'bitfront' entry")
+        try:
+            if header["version"] > VERSION:
+                raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
+            if header["crc32"] != _checksum(tensors):
+                raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
+            packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
+            return cls(packed, tensors, header["tied"], header["about"])
+        except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"'{path}' is damaged (header: {error!r}); copy it again or rerun the cell") from None
+
+    def load_into(self, network: nn.Module) -> None:
+        """Write every tensor into a float network of the same architecture; exactly the same names.
+
+        Raises:
+            ArtifactError: names, shapes or types differ; the network is left as it was.
+        """
+        state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
+        state |= {alias: state[name] for alias, name in self.tied.items()}
+        wanted = network.state_dict()
+        problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
+        problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]
+        for name in wanted.keys() & state.keys():
+            if wanted[name].shape != state[name].shape:
+                problems.append(f"'{name}' is {list(state[name].shape)}, not {list(wanted[name].shape)}")
+            elif name in self.raw and wanted[name].dtype != state[name].dtype:
+                problems.append(f"'{name}' is {state[name].dtype}, not {wanted[name].dtype}")
+        if problems:
+            raise ArtifactError("the artifact belongs to another network: " + "; ".join(sorted(problems)[:5]))
+        network.load_state_dict(state)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers and crashes see all of it or none of it.
+
+    Raises:
+        ArtifactError: the disk is full or the place is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"could not write '{path}' ({error.strerror}); make room and run the same command"
+        ) from None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        content: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content, checksum)
+    return checksum

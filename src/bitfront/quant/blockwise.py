@@ -1,0 +1,173 @@
+"""The block-wise stage (decoupleQ, arXiv 2404.12759, equation 2): with the codes fixed, the values that they stand for
+and the norms of a block are tuned so that the block's output comes closest to what the float block gives.
+
+Differs from the official code: float32 masters, so that norms of half precision learn too; relative learning rates;
+batches are shuffled; a part is held out, measured with the values as they will be stored, and the best epoch on it
+counts, with the untuned block among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.inputs import inside
+from bitfront.quant.packed import Packed
+
+
+class Recipe(Protocol):
+    """Of the tuning: attributes of ``PostTraining``."""
+
+    J: int
+    held_out: float
+    patience: int
+    block_lr: float
+
+
+@dataclass
+class Captured:
+    """The arguments of one call of a block, on the CPU, and which part of each sample is not padding."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    valid: Tensor | None
+
+    def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A copy of the arguments; blocks may change them in place."""
+        return tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+
+
+def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the normalization layers."""
+    for name, child in module.named_modules():
+        if "Norm" in type(child).__name__:
+            for own, p in child.named_parameters(recurse=False):
+                yield f"{name}.{own}" if name else own, p
+
+
+class Tuning:
+    """A block whose codes are fixed.
+
+    Args:
+        block: float network part, in evaluation mode, on the device to work on. Its norms are overwritten.
+        packed: its quantized weights by their name in the block.
+        symmetric: of them, those whose values are tied to 0.
+        time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
+    """
+
+    def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str], time_last: bool) -> None:
+        self.block, self.packed, self.time_last = block, packed, time_last
+        self.device = next(block.parameters()).device
+        self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
+        own = dict(norm_parameters(block))
+        self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
+
+    def run(self, inputs: Sequence[Captured], targets: Sequence[Any], method: Recipe, seed: int) -> dict[str, Any]:
+        """Tune.
+
+        Args:
+            inputs: of the block.
+            targets: what the float block made of each.
+            method: how long, how fast, and when to stop.
+            seed: of the order.
+
+        Returns:
+            For the record: the relative error on the held-out inputs before and after each epoch, and the best epoch.
+
+        Raises:
+            BitfrontError: the error is not finite.
+        """
+        held = min(math.ceil(method.held_out * len(inputs)), len(inputs) - 1)
+        train, test = list(range(len(inputs) - held)), list(range(len(inputs) - held, len(inputs))) or [0]
+        scales = self._scales(inputs, targets)
+        learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
+        # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
+        optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
+        generator = torch.Generator().manual_seed(seed)
+
+        @torch.no_grad()
+        def held_out() -> float:
+            weights = self._stored()
+            return sum(self._error(inputs[n], targets[n], weights, scales).item() for n in test) / len(test)
+
+        losses, best = [held_out()], 0
+        kept = self.packed, self._norms()
+        for epoch in range(1, method.J + 1):
+            if epoch - best > method.patience:
+                break
+            for n in torch.randperm(len(train), generator=generator).tolist():
+                optimizer.zero_grad()
+                loss = self._error(inputs[train[n]], targets[train[n]], self._weights(), scales)
+                if not torch.isfinite(loss):
+                    raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
+                loss.backward()
+                optimizer.step()
+            losses.append(held_out())
+            if losses[-1] < losses[best]:
+                best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._norms())
+        self.packed, norms = kept
+        for name, p in norms.items():
+            self.block.get_parameter(name).data.copy_(p)
+        return {"held_out": losses, "best_epoch": best}
+
+    def _scales(self, inputs: Sequence[Captured], targets: Sequence[Any]) -> list[float]:
+        """By which the error of each output counts: one over its mean power."""
+        powers = [
+            [self._mean(t.float().square(), captured.valid).item() for t in _floats(target)]
+            for captured, target in zip(inputs, targets, strict=True)
+        ]
+        return [len(powers) / (sum(power) or len(powers)) for power in zip(*powers, strict=True)]
+
+    def _error(self, captured: Captured, target: Any, weights: dict[str, Tensor], scales: list[float]) -> Tensor:
+        """Squared error of the outputs, each relative to its power."""
+        args, kwargs = captured.on(self.device)
+        recurrent = any(isinstance(m, nn.RNNBase) for m in self.block.modules())
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            # cuDNN has no gradient of recurrent layers in evaluation mode
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
+        ):
+            output = functional_call(self.block, weights, args, kwargs)
+        total = torch.zeros((), device=self.device)
+        for got, wanted, scale in zip(_floats(output), _floats(target), scales, strict=True):
+            difference = (got.float() - wanted.to(self.device).float()).square()
+            total = total + scale * self._mean(difference, captured.valid)
+        return total
+
+    def _mean(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Without padding."""
+        if valid is None or x.dim() < 3:
+            return x.mean()
+        x = x.movedim(-1, 1) if self.time_last else x
+        return x[inside(x, valid)].mean()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What training sees: float32 masters, in the type of the network."""
+        masters: dict[str, Tensor] = {name: f.values() for name, f in self.frozen.items()} | dict(self.norms)
+        return {name: w.to(self.block.get_parameter(name).dtype) for name, w in masters.items()}
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What will be stored."""
+        stored = {name: f.packed.decode() for name, f in self.frozen.items()} | self._norms()
+        return {name: w.to(self.block.get_parameter(name).dtype) for name, w in stored.items()}
+
+    def _norms(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.norms.items()}
+
+
+def on_cpu(tree: Any) -> Any:
+    """A copy of all tensors in a structure."""
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor) and x.is_floating_point()]

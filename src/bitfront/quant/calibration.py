@@ -1,0 +1,318 @@
+"""Post-training quantization, block by block (decoupleQ, arXiv 2404.12759, section 3; GPTQ's "true-sequential").
+
+For each block of the network, in the order in which they are called:
+
+1. its inputs are captured from a forward of the network so far, whose earlier blocks are quantized already;
+2. the target is kept: what the float network gives there, or, as in the paper, what the block, still float, makes of
+   these inputs;
+3. layer by layer, the second moments ``H = E[x xᵀ]`` of the inputs are measured and the method solves for the weight;
+   layers that share an input share its ``H``;
+4. the values of all codes of the block, and its norms, are tuned so that its output is closest to the target.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.artifact import write_atomically
+from bitfront.quant.blockwise import Captured, Tuning, norm_parameters, on_cpu
+from bitfront.quant.core import Method, check
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
+from bitfront.quant.packed import Packed
+from bitfront.quant.plan import Calibration, Unit, plan
+
+TARGETS = ("network", "block")
+
+
+@dataclass(kw_only=True)
+class PostTraining(Method):
+    """A method that quantizes a trained network.
+
+    Attributes:
+        samples: of the training data, to calibrate on.
+        batch_size: of the calibration and of the block-wise stage.
+        J: most epochs of the block-wise stage (the paper's J), 0 for none.
+        target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
+            errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
+        held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
+        patience: epochs without a better one after which it stops.
+        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
+        sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
+            and the norms learn.
+        sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
+            are learned as they are.
+    """
+
+    samples: int = 1024
+    batch_size: int = 32
+    J: int = 0
+    target: str = "network"
+    held_out: float = 0.125
+    patience: int = 2
+    block_lr: float = 1e-3
+    sft: bool = False
+    sft_relative: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.samples > 0 and self.batch_size > 0, "quant.samples and quant.batch_size are positive")
+        check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
+        check(self.target in TARGETS, f"quant.target is one of {', '.join(TARGETS)}, got {self.target}")
+        check(0 <= self.held_out < 1 and self.patience > 0, "quant.held_out is in 0..1 and quant.patience is positive")
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether the values are tied to 0, also when they are tuned."""
+        return False
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        """Quantize one tensor, with the settings of this instance.
+
+        Args:
+            w: its weight, any shape.
+            inputs: what the layer sees; None where that is unknown (embeddings, recurrent layers).
+
+        Returns:
+            The packed tensor, and what is worth recording.
+        """
+        raise NotImplementedError
+
+    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
+        """Refuse, before any work, tensors that cannot be quantized as asked."""
+
+    def attach(self, network: nn.Module, data: Calibration | None = None) -> QuantizedModel:
+        """Quantize a trained network; its weights are overwritten.
+
+        Raises:
+            BitfrontError: there is no data, or a layer cannot be quantized as asked.
+        """
+        if data is None:
+            raise BitfrontError(f"{type(self).__name__} needs calibration data")
+        check_quantizable(network, self.eligible(network))
+        check_finite(network)
+        packed, log = calibrate(network, self, data)
+        frozen: dict[str, Quantizer] = {
+            name: Frozen(p, self.sft, self.of(name).keeps_zero, self.sft_relative) for name, p in packed.items()
+        }
+        if self.sft:
+            norms = {name for name, _ in norm_parameters(network)} - packed.keys()
+            for name, p in network.named_parameters():
+                p.requires_grad_(name in norms)
+        model = QuantizedModel(network, frozen)
+        model.log = log
+        return model
+
+
+def calibrate(
+    network: nn.Module, method: PostTraining, data: Calibration
+) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
+    """Quantize a network block by block; its weights become the quantized ones.
+
+    Args:
+        network: float, on the device to work on.
+        method: solves the layers.
+        data: to calibrate on.
+
+    Returns:
+        Packed tensors by name, and a log of layers and blocks for the record.
+
+    Raises:
+        BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
+    """
+    weights = method.eligible(network)
+    method.check_shapes({name: w.shape for name, w in weights.items()})
+    check(len(data.batches) > 0, "there is no calibration data")
+    training = network.training
+    network.eval()
+    with no_fast_path():
+        packed, log = _walk(network, method, weights, data)
+    network.train(training)
+    return {name: packed[name] for name in weights}, log
+
+
+def _walk(
+    network: nn.Module, method: PostTraining, weights: dict[str, nn.Parameter], data: Calibration
+) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
+    packed: dict[str, Packed] = {}
+    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    units = plan(network, weights, data) if weights else []
+    reference = copy.deepcopy(network) if method.J > 0 and method.target == "network" else network
+    bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+    for n, unit in enumerate(bar):
+        bar.set_description(unit.block, refresh=False)
+        state = _load(data.states, n, unit)
+        if state is None:
+            state = quantize(network, reference, method, unit, weights, data, n)
+            _save(data.states, n, state)
+        for name, fields in state["packed"].items():
+            packed[name] = Packed(**fields)
+            weights[name].data.copy_(packed[name].decode())
+        for name, p in state["norms"].items():
+            network.get_parameter(name).data.copy_(p)
+        log["layers"] += state["layers"]
+        log["blocks"].append(state["block"])
+    return packed, log
+
+
+@torch.no_grad()
+def quantize(
+    network: nn.Module,
+    reference: nn.Module,
+    method: PostTraining,
+    unit: Unit,
+    weights: dict[str, nn.Parameter],
+    data: Calibration,
+    n: int,
+) -> dict[str, Any]:
+    """Quantize the n-th block in place, tuned to give what it gives in the reference; return its state."""
+    began = time.perf_counter()
+    work = _Block(network, method, unit, weights, data)
+    inputs = capture(network, unit, data)
+    targets: list[Any] = []
+    if work.tuned:
+        undisturbed = inputs if reference is network else capture(reference, unit, data)
+        targets = [on_cpu(work.forward(captured, reference)) for captured in undisturbed]
+    for stage in unit.stages:
+        work.solve_stage(stage, inputs)
+    for name in unit.blind:
+        work.solve(name, None)
+    entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
+    if work.tuned:
+        entry |= work.tune(inputs, targets, data.seed + n)
+    return {
+        "unit": vars(unit),
+        "packed": {name: vars(p) for name, p in work.packed.items()},
+        "norms": on_cpu(work.norms),
+        "layers": work.layers,
+        "block": entry | {"seconds": time.perf_counter() - began},
+    }
+
+
+class _Block:
+    """A block at work.
+
+    Attributes:
+        tuned: whether the block-wise stage follows.
+        packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        method: PostTraining,
+        unit: Unit,
+        weights: dict[str, nn.Parameter],
+        data: Calibration,
+    ) -> None:
+        self.network, self.method, self.unit, self.weights, self.data = network, method, unit, weights, data
+        self.block, self.device = network.get_submodule(unit.block), next(network.parameters()).device
+        self.tuned = method.J > 0 and bool(unit.block) and next(self.block.children(), None) is not None
+        self.packed: dict[str, Packed] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.norms: dict[str, Tensor] = {}
+
+    def forward(self, captured: Captured, whole: nn.Module | None = None) -> Any:
+        """What the block makes of its inputs, in this network or another one."""
+        args, kwargs = captured.on(self.device)
+        whole = whole or self.network
+        return whole.get_submodule(self.unit.block)(*args, **kwargs) if self.unit.block else self.data.run(whole, *args)
+
+    def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
+        """Quantize the layers that share an input."""
+        sums = Accumulator(stage[0])
+        for captured in inputs:
+            sums.valid = captured.valid
+            with Watch({stage[0]: self.weights[stage[0]]}, sums.add):
+                self.forward(captured)
+        moments = sums.moments()
+        for name in stage:
+            self.solve(name, moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments)
+
+    def solve(self, name: str, moments: Moments | None) -> None:
+        """Quantize one layer."""
+        started, w = time.perf_counter(), self.weights[name]
+        self.packed[name], details = self.method.of(name).solve(w.detach(), moments)
+        quantized = self.packed[name].decode().to(w.device)
+        entry: dict[str, Any] = {"name": name, "block": self.unit.block, "shape": list(w.shape), "inputs": 0}
+        if moments is not None:
+            entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+        w.data.copy_(quantized)
+        self.layers.append(entry | details | {"seconds": time.perf_counter() - started})
+
+    def tune(self, inputs: list[Captured], targets: list[Any], seed: int) -> dict[str, Any]:
+        """The block-wise stage; return its entry in the record."""
+        names = {id(p): name for name, p in self.block.named_parameters()}
+        local = {name: names[id(self.weights[name])] for name in self.packed}  # a tied weight has another name here
+        symmetric = {local[name] for name in self.packed if self.method.of(name).keeps_zero}
+        packed = {local[name]: p for name, p in self.packed.items()}
+        tuning = Tuning(self.block, packed, symmetric, self.unit.time_last)
+        with torch.enable_grad():
+            entry = tuning.run(inputs, targets, self.method, seed)
+        self.packed = {name: tuning.packed[local[name]] for name in self.packed}
+        self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
+        return entry
+
+
+class _Reached(Exception):  # noqa: N818 no error
+    """The forward has come to the block in question."""
+
+
+def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
+    """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
+    if not unit.block:
+        return [Captured((batch,), {}, data.valid(batch)) for batch in data.batches]
+    captured: list[Captured] = []
+
+    def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
+        captured.append(Captured(on_cpu(args), on_cpu(kwargs), data.valid(batch)))
+        if unit.calls == 1:
+            raise _Reached
+
+    hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
+    try:
+        for batch in data.batches:
+            with suppress(_Reached):
+                data.run(network, batch)
+    finally:
+        hook.remove()
+    return captured
+
+
+def _save(folder: Path | None, n: int, state: dict[str, Any]) -> None:
+    if folder is not None:
+        data = io.BytesIO()
+        torch.save(state, data)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BitfrontError(
+                f"cannot make '{folder}' ({error.strerror}); make room and run the same command"
+            ) from None
+        write_atomically(folder / f"{n:04}.pt", data.getvalue())
+
+
+def _load(folder: Path | None, n: int, unit: Unit) -> dict[str, Any] | None:
+    if folder is None or not (path := folder / f"{n:04}.pt").is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["unit"] == vars(unit):
+            return state
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        raise BitfrontError(f"'{path}' is damaged ({error}); delete it and run again") from None
+    raise BitfrontError(f"'{path}' is of another block than '{unit.block}'; delete '{folder}' and run again")

@@ -1,0 +1,146 @@
+"""What every quantization method is: a dataclass of hyper-parameters that wraps a network into a ``QuantizedModel``.
+
+A training-time method writes a ``Quantizer`` and a ``Trained`` dataclass that makes one per tensor; a post-training
+method a ``PostTraining`` dataclass (``calibration.py``) whose ``solve`` returns the packed tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.model import QuantizedModel, Quantizer, eligible
+from bitfront.quant.packed import MAX_BITS
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A quantization method with its hyper-parameters. Every method quantizes the same tensors (``eligible``).
+
+    Attributes:
+        min_size, exclude: as in ``eligible``.
+        layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
+            match, what comes later overrides.
+        reestimate_bn: measure the statistics of batch norms anew in the end, with the quantized weights.
+        penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
+        per_layer: what ``layers`` can set.
+    """
+
+    min_size: float = 0.01
+    exclude: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] | None = None
+    reestimate_bn: bool = False
+    penalty: float = field(default=0.0, init=False)
+    per_layer: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
+        check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
+        for pattern, settings in (self.layers or {}).items():
+            for key, value in settings.items():
+                known = ", ".join(self.per_layer) or "nothing"
+                check(key in self.per_layer, f"layers sets {known} for this method, not '{key}' ('{pattern}')")
+                usual = type(getattr(self, key))
+                fits = type(value) is usual or (usual is float and type(value) is int)
+                check(fits, f"layers: {key} is of type {usual.__name__}, got '{value}' ('{pattern}')")
+            replace(self, layers=None, **settings)  # refuses what is out of range
+
+    def of(self, name: str) -> Self:
+        """This method with the settings that ``layers`` gives for a tensor."""
+        settings: dict[str, Any] = {}
+        for pattern, some in (self.layers or {}).items():
+            settings |= some if fnmatchcase(name, pattern) else {}
+        return replace(self, layers=None, **settings) if settings else self
+
+    def fitting(self, network: nn.Module) -> Self:
+        """This method without settings for tensors that the network, made small for a smoke run, does not have."""
+        names = eligible(network, self.min_size, self.exclude)
+        layers = self.layers or {}
+        kept = {pattern: some for pattern, some in layers.items() if any(fnmatchcase(name, pattern) for name in names)}
+        return replace(self, layers=kept)
+
+    def attach(self, network: nn.Module) -> QuantizedModel:
+        """Wrap a network whose weights are the starting point."""
+        return QuantizedModel(network, self.quantizers(network))
+
+    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
+        """One quantizer per eligible tensor; none means a float model."""
+        return {}
+
+    def eligible(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors to quantize.
+
+        Raises:
+            BitfrontError: a pattern of ``layers`` matches none of them.
+        """
+        weights = eligible(network, self.min_size, self.exclude)
+        for pattern in self.layers or ():
+            check(
+                any(fnmatchcase(name, pattern) for name in weights),
+                f"layers: no quantized tensor matches '{pattern}'; there are {', '.join(weights)}",
+            )
+        return weights
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The quantizers' own optimizer, stepped beside the network's with a constant learning rate.
+
+        None trains the quantizers' parameters in the network's optimizer.
+        """
+        return None
+
+
+@dataclass(kw_only=True)
+class Float(Method):
+    """No quantization: the baseline, in the same file format."""
+
+
+@dataclass(kw_only=True)
+class Trained(Method):
+    """A method that trains through its quantizers."""
+
+    def quantizer(self, w: Tensor) -> Quantizer:
+        """The quantizer of one tensor; may take its initial state from ``w``."""
+        raise NotImplementedError
+
+    def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
+        return {name: self.of(name).quantizer(w) for name, w in self.eligible(network).items()}
+
+
+@dataclass(kw_only=True)
+class FixedBits(Method):
+    """What methods with one width for all weights share.
+
+    Attributes:
+        bits: 1..15.
+        group_size: weights that share a range or step: n consecutive ones, -1 a row, 0 the whole tensor.
+    """
+
+    bits: int = 4
+    group_size: int = 0
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(isinstance(self.bits, int), f"bits is a whole number, got {self.bits}")
+        check(1 <= self.bits <= MAX_BITS, f"bits is 1..{MAX_BITS}, got {self.bits}")
+        check_group_size(self.group_size)
+
+
+def check(holds: bool, message: str) -> None:
+    """Refuse a hyper-parameter.
+
+    Raises:
+        BitfrontError: with the message.
+    """
+    if not holds:
+        raise BitfrontError(message)
+
+
+def check_group_size(group_size: int) -> None:
+    """Refuse group sizes that cannot be stored."""
+    check(isinstance(group_size, int) and group_size >= -1, f"group_size is n, 0 or -1, got {group_size}")

@@ -1,0 +1,147 @@
+"""decoupleQ (Guo et al. 2024, arXiv 2404.12759): whole-numbered codes on a float grid that is no longer tied to the
+extremes of the weights, solved for alternately.
+
+    min over codes, scale, zero of  tr((Ŵ - W) H (Ŵ - W)ᵀ),     Ŵ = scale · codes + zero      (equation 6)
+
+``level=0``, our procedure, per round: relax the problem to real numbers inside the box of the grid, drawn a little to
+the centre of the box; round the result column by column; coordinate descent over the codes; least squares for the
+grid. A row keeps the best it has seen, GPTQ's solution among it, so that no row is worse than GPTQ's. Last, the grid is
+rounded to the type that it is stored in, zeros and codes are fitted to what became of it.
+
+``level=1`` and ``level=2`` are the paper's procedures: from GPTQ, N - 1 times codes for the grid, then the grid for
+the codes, each kept per row if better. At level 2 the codes come from rounding with feedback (equation 11); at level 1
+from M steps of projected gradient on all columns, then column by column rounding with K steps on the later ones
+(equation 10, algorithm 2).
+
+Where nothing is known of the inputs (embeddings, recurrent layers), weights are rounded to nearest, on the grid that is
+best for ``H = 1``.
+
+Differs from the official code: relative thresholds and step sizes throughout, so that the unit of weights and inputs
+does not matter; rows of zeros and constant groups are solved; gradient steps are preconditioned by the diagonal
+instead of Adam with an absolute rate; the first grid is searched per group by the diagonal of ``H``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitfront.quant.core import check
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Moments
+from bitfront.quant.packed import Packed, as_stored, grouped, middle_code
+from bitfront.quant.solver import Grid, Layer, Solution
+
+CENTRE = 0.015  # strength of the pull to the centre of the box, and damping of the feedback, for one level
+RELAXED = 8  # steps of ``relax``
+POLISH = 2  # of coordinate descent and least squares at the end
+
+
+@dataclass(kw_only=True)
+class DecoupleQ(GPTQ):
+    """decoupleQ.
+
+    Attributes:
+        level: 0, our procedure; 1 or 2, the paper's first- or second-level approximation.
+        N: rounds, the start by GPTQ being the first.
+        M: at level 1, gradient steps before rounding.
+        K: at level 1, gradient steps after each column.
+    """
+
+    bits: int = 2
+    level: int = 0
+    N: int = 2
+    M: int = 50
+    K: int = 1
+    J: int = 4
+    per_layer: ClassVar[tuple[str, ...]] = (*GPTQ.per_layer, "level", "N", "M", "K")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.level in (0, 1, 2), f"level is 0 (ours), 1 or 2 (the paper's), got {self.level}")
+        check(self.N > 0 and self.M >= 0 and self.K >= 0, "N is positive, quant.M and quant.K are not negative")
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        if inputs is not None:
+            return super().solve(w, inputs)
+        lo, span = (as_stored(x, self.dtype) for x in fitted_range(w, self.bits, self.group_size, self.symmetric))
+        return Packed.nearest(w, torch.tensor([self.bits], device=w.device), lo, span, self.group_size), {}
+
+    def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
+        steps = super().steps(layer)
+        gptq = steps[-1][1]
+        steps += [(f"round {n + 1}", best) for n, best in enumerate(self._rounds(layer, gptq))]
+        best = steps[-1][1]
+        for n in range(POLISH if self.level == 0 else 0):
+            codes = layer.descend(best.codes, best)
+            best = layer.solution(codes, layer.fit(codes, best)).or_better(best)
+            steps.append((f"descent {n + 1}", best))
+        return [*steps, ("stored", layer.stored(best).or_better(gptq))]
+
+    def _rounds(self, layer: Layer, best: Solution) -> Iterator[Solution]:
+        """The best solution of each row after each round."""
+        if self.level:
+            yield from self._paper(layer, best)
+            return
+        ridge = CENTRE / layer.levels**2
+        grid = layer.shrunk()
+        for _ in range(self.N - 1):
+            codes = layer.feed_back(layer.relax(grid, ridge, RELAXED), grid, ridge)
+            codes = layer.descend(codes, grid)
+            grid = layer.fit(codes, grid)
+            best = layer.solution(codes, grid).or_better(best)
+            yield best
+
+    def _paper(self, layer: Layer, best: Solution) -> Iterator[Solution]:
+        """Algorithm 1, after its start by GPTQ."""
+        grid: Grid = best
+        for n in range(self.N - 1):
+            if n == 0:
+                grid = layer.shrunk()
+                grid = layer.fit(layer.nearest(grid), grid)
+            if self.level == 2:
+                codes = layer.feed_back(layer.w, grid, self.damping)
+            else:
+                codes = layer.project(grid, self.M, self.K)
+            best = layer.solution(codes, grid).or_better(best)
+            best = layer.solution(best.codes, layer.fit(best.codes, best)).or_better(best)
+            grid = best
+            yield best
+
+
+def fitted_range(w: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Smallest value and range of the grid on which rounding to nearest has the least squared error, by Lloyd's
+    alternation of rounding and least squares from shares of the full range.
+
+    Args:
+        w: finite weights.
+        bits, group_size, symmetric: of the grid, as in ``GPTQ``.
+
+    Returns:
+        ``[groups]`` each.
+    """
+    groups, levels = grouped(w.float(), group_size), 2**bits - 1
+    middle = middle_code(bits) if symmetric else levels / 2
+    mean = torch.zeros_like(groups[:, :1]) if symmetric else groups.mean(1, keepdim=True)
+    centred = groups - mean
+    lo, hi = (x[:, None] for x in torch.aminmax(centred, dim=1))
+    full = torch.maximum(-lo / middle, hi / (levels - middle)) if symmetric else (hi - lo) / levels
+    first = -middle * full if symmetric else lo
+    best = [full, mean + first, torch.full_like(full, torch.inf)]  # scale, zero, error
+    for share in torch.linspace(1.0, 0.25, 16).tolist():
+        scale, zero = full * share, mean + first * share
+        for _ in range(5):
+            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            a = (groups - zero).mul_(inverse).round_().clamp_(0, levels).sub_(middle)
+            centre = torch.zeros_like(mean) if symmetric else a.mean(1, keepdim=True)
+            power = (a - centre).square().sum(1, keepdim=True)
+            scale = torch.where(power > 0, ((a - centre) * centred).sum(1, keepdim=True) / power, scale)
+            zero = mean - (centre + middle) * scale
+            error = (a.add_(middle).mul_(scale).add_(zero).sub_(groups)).square_().sum(1, keepdim=True)
+            better = error < best[2]
+            best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True)]
+    return best[1][:, 0], best[0][:, 0] * levels

@@ -1,0 +1,65 @@
+"""The quantizer that post-training methods leave behind: codes that stay, on a grid that may learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.model import Quantizer
+from bitfront.quant.packed import Packed, middle_code
+
+
+class Frozen(Quantizer):
+    """The result of a post-training method: the codes stay as they were solved, and are part of the state.
+
+    Args:
+        packed: with one width for all codes if trainable.
+        trainable: learn the values that the codes stand for, as decoupleQ's block-wise and fine-tuning stages do. The
+            parameters are ``gain`` (the distance of neighbours) and ``shift`` (the middle value).
+        relative: both in units of the distance at the start, so that one learning rate fits every tensor; else they are
+            the paper's s and z.
+        symmetric: the values stay where they are relative to each other and to 0: no ``shift``.
+    """
+
+    def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
+        super().__init__()
+        self.shape = packed.shape
+        for name in ("codes", "bits", "lo", "span"):
+            self.register_buffer(f"packed_{name}", getattr(packed, name))
+        self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))
+        self.gain = self.shift = None
+        if trainable:
+            distance = packed.span.float() / self.levels
+            self.register_buffer("unit", torch.where((distance == 0) | (not relative), 1.0, distance))
+            self.gain = nn.Parameter(distance / self.get_buffer("unit"))
+            middle = packed.lo.float() / self.get_buffer("unit") + self.gain.detach() * self.middle
+            self.shift = nn.Parameter(middle, requires_grad=not symmetric)
+
+    @property
+    def packed(self) -> Packed:
+        codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
+        if self.gain is not None:
+            learned, dtype = self._learned(), lo.dtype
+            lo, span = learned[0].detach().to(dtype), learned[1].detach().to(dtype)
+        return Packed(codes, bits, lo, span, self.shape)
+
+    def _learned(self) -> tuple[Tensor, Tensor]:
+        assert self.gain is not None and self.shift is not None
+        unit = self.get_buffer("unit")
+        return unit * (self.shift - self.gain * self.middle), unit * self.gain * self.levels
+
+    def values(self) -> Tensor:
+        """The weight, float32, differentiable in what is learned."""
+        if self.gain is None:
+            return self.packed.decode()
+        codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
+        return Packed(codes, bits, *self._learned(), self.shape).decode()
+
+    def surrogate(self, w: Tensor) -> Tensor:
+        return self.values()
+
+    def encode(self, w: Tensor) -> Packed:
+        return self.packed
+
+    def bits(self) -> Tensor:
+        return torch.tensor(float(self.packed.rule_bits()))

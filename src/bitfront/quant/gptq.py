@@ -1,0 +1,102 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column after column, and let the columns still to come make up
+for each error. Between the smallest and the largest weight of a row or group, as ``rtn``.
+
+    W[:, k] += (q_j - w_j) U[j, k] / U[j, j]  for k > j,      Uᵀ U = (H + damping · mean diag H)⁻¹
+
+Differs from the official code: one factorization; columns are worked on in blocks; a damping that is too small is
+raised until the factorization succeeds, and recorded; groups always belong to the columns as stored ("static
+groups"), also under act-order, and their grid is that of the original weights; the weights of inputs that are always
+zero are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitfront.quant.core import check
+from bitfront.quant.inputs import Moments
+from bitfront.quant.packed import Packed, code_dtype
+from bitfront.quant.rtn import RTN
+from bitfront.quant.solver import Layer, Solution, solve_rows
+
+
+@dataclass(kw_only=True)
+class GPTQ(RTN):
+    """GPTQ.
+
+    Attributes:
+        bits: 1..8.
+        group_size: consecutive weights of a row that share scale and zero: a divisor of the row, or all of it where it
+            is shorter; -1 for the row.
+        symmetric, scale_dtype: as in ``RTN``.
+        damping: added to the diagonal of ``H`` relative to its mean.
+        act_order: work on the columns by falling ``H[j, j]``.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.bits <= 8, f"bits is 1..8 for this method, got {self.bits}")
+        check(self.group_size != 0, "group_size is n or -1 (a row) for this method, which solves row by row")
+        check(self.damping >= 0, f"quant.damping is not negative, got {self.damping}")
+
+    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
+        sizes = {name: (s[1:].numel(), self.of(name).group_size) for name, s in shapes.items()}
+        wrong = [f"'{name}' ({row})" for name, (row, size) in sizes.items() if row > size > 0 and row % size]
+        check(
+            not wrong,
+            f"group_size does not divide the rows of {', '.join(wrong)}; choose another, or for these layers alone as "
+            "in quant.layers={<name>: {group_size: -1}}",
+        )
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        if inputs is None:
+            return super().solve(w, inputs)
+        curvature = inputs.curvature(self.damping, self.act_order)
+        size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
+        log = {"power": 0.0}
+
+        def solve(rows: Tensor) -> Solution:
+            layer = Layer(rows, curvature, self.bits, size, self.symmetric, self.dtype)
+            steps = self.steps(layer)
+            for name, solution in steps:
+                log[name] = log.get(name, 0.0) + in_all(solution.loss)
+            log["power"] += in_all((layer.w * (layer.H @ layer.w)).sum(1, dtype=torch.float64))
+            return steps[-1][1]
+
+        def in_all(loss: Tensor) -> float:
+            return (loss * curvature.mean[:, None]).sum().item()
+
+        rows = w.float().reshape(inputs.batch, -1, inputs.columns)
+        solution = solve_rows(rows, inputs.columns // size, solve)
+        power = log.pop("power") or 1.0
+        flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
+        about = {
+            "steps": {name: loss / power for name, loss in log.items()},
+            "damping": self.damping + curvature.raised,
+            "dead_inputs": int(curvature.dead.sum()),
+            "flat_rows": int(flat.sum()),
+        }
+        return packed(solution, w.shape, self.bits, self.dtype), about
+
+    def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
+        """The solution after each step, by name; the last one counts."""
+        grid = layer.as_stored(layer.min_max())
+        nearest = layer.solution(layer.nearest(grid), grid)
+        return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
+
+
+def packed(solution: Solution, shape: torch.Size, bits: int, dtype: torch.dtype) -> Packed:
+    """A solution as it is stored."""
+    by_rows = {name: getattr(solution, name).transpose(1, 2) for name in ("codes", "scale", "zero")}
+    levels = 2**bits - 1
+    codes = by_rows["codes"].reshape(by_rows["scale"].numel(), -1).to(code_dtype(levels))
+    lo, span = (x.reshape(-1).to(dtype) for x in (by_rows["zero"], by_rows["scale"] * levels))
+    return Packed(codes, torch.tensor([bits], dtype=torch.uint8, device=codes.device), lo, span, shape)

@@ -1,0 +1,287 @@
+"""What a layer sees: its uses in a forward, and the second moments ``H = E[x xᵀ]`` of its inputs.
+
+A ``TorchFunctionMode`` knows the weights by identity, wherever they are used: stock attention, tied weights and
+functional calls need no special module, and no architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.solver import Curvature
+
+CHUNK = 1 << 24  # values of an unfolded input at once
+ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
+
+
+@dataclass
+class Moments:
+    """Second moments of the inputs of layers.
+
+    Attributes:
+        H: mean of ``x xᵀ``, float64 ``[batch, columns, columns]``; ``batch`` are the groups of a grouped convolution,
+            or the different inputs of a stacked projection.
+        count: how many ``x`` were seen.
+    """
+
+    H: Tensor
+    count: int
+    _curvatures: dict[tuple[float, bool], Curvature] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return self.H.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.H.shape[1]
+
+    def curvature(self, damping: float, act_order: bool) -> Curvature:
+        """With its factorizations, shared by the layers that share the inputs."""
+        key = damping, act_order
+        if key not in self._curvatures:
+            self._curvatures[key] = Curvature(self.H, *key)
+        return self._curvatures[key]
+
+    def relative_loss(self, w: Tensor, quantized: Tensor) -> float:
+        """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``."""
+        H = (self.H / (self.H.diagonal(dim1=1, dim2=2).mean() or 1.0)).float()
+        both = (x.float().reshape(self.batch, -1, self.columns) for x in (w, quantized - w))
+        power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
+        return error / power if power else 0.0
+
+    def with_lookup(self, w: Tensor) -> Moments:
+        """For a weight that is also an embedding: its rows themselves are then an output too, of the inputs I.
+
+        The relative loss becomes the mean of that of both uses, as if every row were looked up equally often.
+        """
+        rows = w.double().reshape(self.batch, -1, self.columns)
+        size = rows.square().sum().item()
+        scale = ((rows @ self.H.to(rows)) * rows).sum().item() / size if size else 0.0
+        return Moments(self.H + scale * torch.eye(self.columns).to(self.H), self.count)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a weight in a forward: what identifies its inputs, and how they become the columns of ``x``.
+
+    Attributes:
+        key: the input tensors' identity, and the geometry.
+        geometry: of a convolution: kernel, stride, padding, dilation, groups; None for a matrix product.
+        batch_axis: where the samples are, if that is known.
+        lookup: whether it is an embedding's, whose inputs are the numbers of rows.
+    """
+
+    key: tuple[Any, ...]
+    inputs: tuple[Tensor, ...]
+    geometry: tuple[Any, ...] | None = None
+    batch_axis: int | None = None
+    lookup: bool = False
+
+
+class Watch(TorchFunctionMode):
+    """Tells of every use of the given weights in a matrix product, a 1d or 2d convolution, an attention layer or an
+    embedding.
+
+    Args:
+        weights: to look out for.
+        see: called with the name and the use, before the use.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], see: Callable[[str, Use], None]) -> None:
+        super().__init__()
+        self.names, self.see = {id(w): name for name, w in weights.items()}, see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
+        if func is F.embedding:
+            bound = EMBEDDING.bind(*args, **kwargs)
+            self._seen(bound.arguments["weight"], (bound.arguments["input"],), lookup=True)
+        if func in SIGNATURES:
+            bound = SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            x, weight, _, *geometry = bound.arguments.values()
+            shape = (tuple(weight.shape[2:]), *geometry) if geometry else None
+            self._seen(weight, (x,), shape)
+        return func(*args, **kwargs)
+
+    def _seen(self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, **how: Any) -> None:
+        if id(weight) in self.names:
+            inputs = inputs[:1] if all(x is inputs[0] for x in inputs) else inputs
+            identity = tuple((x.data_ptr(), x.shape, x.stride(), x._version) for x in inputs)
+            self.see(self.names[id(weight)], Use((identity, str(geometry)), inputs, geometry, **how))
+
+    def _attention(self, args: Any, kwargs: Any) -> Any:
+        """Stock attention, whose projections are no calls of their own: stop it before the last one."""
+        bound = ATTENTION.bind(*args, **kwargs)
+        bound.apply_defaults()
+        at = bound.arguments
+        query, key, value = at["query"], at["key"], at["value"]
+        if at["use_separate_proj_weight"]:
+            for name, x in (("q_proj_weight", query), ("k_proj_weight", key), ("v_proj_weight", value)):
+                self._seen(at[name], (x,), batch_axis=1)
+        else:
+            self._seen(at["in_proj_weight"], (query, key, value), batch_axis=1)
+        weight, bias = at["out_proj_weight"], at["out_proj_bias"]
+        at["out_proj_weight"], at["out_proj_bias"] = torch.eye(len(weight), device=weight.device).to(weight), None
+        heads, attention = F.multi_head_attention_forward(*bound.args, **bound.kwargs)
+        self._seen(weight, (heads,), batch_axis=1)
+        return F.linear(heads, weight, bias), attention
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> None: ...
+def _conv(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> None: ...
+
+
+SIGNATURES = {
+    F.linear: inspect.signature(_linear),
+    torch.conv1d: inspect.signature(_conv),
+    torch.conv2d: inspect.signature(_conv),
+}
+ATTENTION = inspect.signature(F.multi_head_attention_forward)
+EMBEDDING = inspect.signature(F.embedding)
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Without stock attention's fast path, which packs padded batches into nested tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int]]]:
+    """The inputs as the columns that a weight's rows are multiplied with, in parts ``[batch, columns, n]``, and how
+    many of the n count in each entry of the batch; what does not count is zero.
+
+    Args:
+        use: of a weight.
+        valid: share of each sample that is not padding, ``[samples]``: what lies behind is left out. Time is the axis
+            between samples and features of a matrix product, and the last axis of a convolution's input.
+    """
+    if use.geometry is None:
+        rows = [x.detach().float() for x in use.inputs]
+        if valid is not None:
+            rows = [x[inside(x, valid, use.batch_axis)] for x in rows]
+        rows = [x.reshape(-1, x.shape[-1]) for x in rows]
+        yield nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), [len(x) for x in rows]
+        return
+    (x,) = (x.detach().float() for x in use.inputs)
+    kernel, stride, padding, dilation, groups = use.geometry
+    n = len(kernel)
+    stride, dilation = (v if isinstance(v, tuple) else (v,) * n for v in (stride, dilation))
+    if padding == "same":
+        sides = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        x = F.pad(x, [side for total in reversed(sides) for side in (total // 2, total - total // 2)])
+    padding = (0,) * n if isinstance(padding, str) else padding if isinstance(padding, tuple) else (padding,) * n
+    if n == 1:
+        x, kernel = x[:, :, None], (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    per_sample = x[0].numel() * math.prod(kernel)
+    for part, shares in _split(x, valid, max(1, CHUNK // per_sample)):
+        images = part.flatten(0, 1).unflatten(0, (-1, x.shape[1] // groups))
+        unfolded = F.unfold(images, kernel, dilation, padding, stride)
+        unfolded = unfolded.unflatten(0, (len(part), groups)).transpose(0, 1)  # [groups, samples, columns, positions]
+        if shares is None:
+            found = unfolded.transpose(1, 2).flatten(2)
+        else:
+            width = (part.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+            kept = within(shares, width, x.device).repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
+            found = unfolded.transpose(2, 3)[:, kept].transpose(1, 2)
+        yield found, [found.shape[2]] * groups
+
+
+def _split(x: Tensor, valid: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(x), size):
+        yield x[start : start + size], None if valid is None else valid[start : start + size]
+
+
+def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor:
+    """Which positions of ``x`` ``[samples, time, ..., features]`` (or time first) are no padding, ``[..., time, ...]``.
+
+    Raises:
+        BitfrontError: no axis has the length of the samples.
+    """
+    samples = len(valid)
+    if batch_axis is None:
+        batch_axis = next((axis for axis in (0, 1) if x.dim() > axis + 1 and x.shape[axis] == samples), None)
+    if batch_axis is None or x.dim() < 3:
+        raise BitfrontError(f"cannot tell padding in a layer input of shape {list(x.shape)} from {samples} samples")
+    time = x.shape[1 - batch_axis]
+    kept = within(valid, time, x.device)
+    kept = kept if batch_axis == 0 else kept.T
+    return kept.reshape(*kept.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1])
+
+
+def within(valid: Tensor, time: int, device: torch.device) -> Tensor:
+    """Which of so many steps are no padding, ``[samples, time]``.
+
+    Args:
+        valid: the share that is none; a step that is only partly padding counts.
+        time: number of steps.
+        device: of the result.
+    """
+    steps = (valid.double() * time - ROUNDING).ceil().to(device)
+    return torch.arange(time, device=device) < steps[:, None]
+
+
+class Accumulator:
+    """Sums up ``x xᵀ`` of the uses that a ``Watch`` shows it.
+
+    Args:
+        name: of the layer, for messages.
+
+    Attributes:
+        valid: share of each sample that is not padding, for the uses to come.
+        lookup: whether one of the uses was an embedding's, which has no inputs to sum up.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.total, self.counts = name, torch.zeros(()), torch.zeros((), dtype=torch.long)
+        self.valid: Tensor | None = None
+        self.lookup = False
+
+    def add(self, _: str, use: Use) -> None:
+        """One use of the weight."""
+        if use.lookup:
+            self.lookup = True
+            return
+        for x, counts in columns(use, self.valid):
+            product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
+            with torch.autocast(x.device.type, enabled=False):
+                for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
+                    product += (part @ part.transpose(1, 2)).double()
+            self.total, self.counts = self.total.to(product) + product, self.counts + torch.tensor(counts)
+
+    def moments(self) -> Moments:
+        """Their mean.
+
+        Raises:
+            BitfrontError: an input was not finite, or there was none.
+        """
+        if not self.counts.any():
+            raise BitfrontError(f"no calibration sample reaches '{self.name}'; exclude it or calibrate on more samples")
+        if not torch.isfinite(self.total).all():
+            raise BitfrontError(
+                f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
+            )
+        mean = self.total / self.counts.clamp_min(1).to(self.total)[:, None, None]
+        return Moments(mean, int(self.counts.max()))

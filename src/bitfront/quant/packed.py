@@ -1,0 +1,249 @@
+"""Packed tensors: codes of 1 to 15 bits, and the one rule that turns them into weights.
+
+A weight tensor is cut into groups of consecutive values; group ``g`` has its own width ``bits[g]``:
+
+    w = lo + span * code / (2**bits - 1),        code in {0, ..., 2**bits - 1}
+
+``lo`` and ``span`` are shared by the whole tensor, a row or a group. Every method of the suite ends in this form, and
+evaluation is defined by it. As bytes, a tensor is
+
+    widths of the groups | codes of all groups of the smallest width | ... of the largest width | lo | span
+
+where codes are bit planes: plane ``i`` holds bit ``i`` of every code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfront.errors import ArtifactError, BitfrontError
+
+MAX_BITS = 15  # codes fit int16
+_CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
+
+
+def grouped(w: Tensor, group_size: int) -> Tensor:
+    """View a weight as groups of consecutive values.
+
+    Args:
+        w: any shape.
+        group_size: ``n`` for groups of n values in memory order, ``-1`` for one group per row (first
+            dimension), ``0`` for one group in all. Where n does not divide the size, the last value is
+            repeated to fill the last group.
+
+    Returns:
+        ``[groups, values per group]``; differentiable in ``w``.
+    """
+    if group_size == 0 or (group_size == -1 and w.dim() < 2):
+        return w.reshape(1, -1)
+    if group_size == -1:
+        return w.reshape(w.shape[0], -1)
+    flat = w.reshape(-1)
+    missing = -flat.numel() % group_size
+    if missing:
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    return flat.view(-1, group_size)
+
+
+def ungrouped(groups: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of ``grouped``: drop the padding of the last group and restore the shape."""
+    return groups.reshape(-1)[: shape.numel()].view(shape)
+
+
+def pack(codes: np.ndarray, width: int) -> np.ndarray:
+    """Pack codes of ``width`` bits into bit planes.
+
+    Args:
+        codes: uint8 or uint16 ``[n]``, each below ``2**width``.
+        width: 0..15; 0 takes no space.
+
+    Returns:
+        uint8 ``[width * ceil(n / 8)]``, plane after plane, the lowest bit first.
+    """
+    planes = np.empty((width, -(-codes.size // 8)), np.uint8)
+    for start in range(0, codes.size, _CHUNK):
+        chunk = codes[start : start + _CHUNK]
+        halves = chunk.astype(np.uint8, copy=False), (chunk >> 8).astype(np.uint8) if width > 8 else chunk
+        for bit in range(width):
+            plane = np.packbits(halves[bit // 8] & np.uint8(1 << bit % 8), bitorder="little")
+            planes[bit, start // 8 : start // 8 + plane.size] = plane
+    return planes.ravel()
+
+
+def unpack(planes: np.ndarray, width: int, n: int) -> np.ndarray:
+    """The inverse of ``pack``: uint8 (up to 8 bits) or uint16 ``[n]``."""
+    dtype = np.uint8 if width <= 8 else np.uint16
+    codes: np.ndarray = np.zeros(n, dtype)
+    rows = planes.reshape(width, -(-n // 8))
+    for start in range(0, n, _CHUNK):
+        chunk = codes[start : start + _CHUNK]
+        for bit in range(width):
+            plane = rows[bit, start // 8 : (start + chunk.size + 7) // 8]
+            chunk |= np.left_shift(np.unpackbits(plane, count=chunk.size, bitorder="little"), bit, dtype=dtype)
+    return codes
+
+
+def packed_bytes(n: int, width: int) -> int:
+    """Bytes that ``pack`` takes for ``n`` codes."""
+    return width * -(-n // 8)
+
+
+@dataclass
+class Packed:
+    """One quantized tensor.
+
+    Attributes:
+        codes: ``[groups, group_size]``, uint8, or int16 when a group has more than 8 bits.
+        bits: ``[groups]``, or ``[1]`` when all groups have the same width; uint8, 1..15.
+        lo: ``[scales]`` floats, each shared by ``groups / scales`` consecutive groups.
+        span: ``[scales]``, same dtype as ``lo``; negative and zero are fine.
+        shape: of the tensor; the last group may be padded beyond it.
+    """
+
+    codes: Tensor
+    bits: Tensor
+    lo: Tensor
+    span: Tensor
+    shape: torch.Size
+
+    @staticmethod
+    def grid(bits: Tensor, lo: Tensor, span: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """First value, distance of neighbours and largest code of each group: ``[groups or 1, 1]`` each."""
+        largest = (1 << bits.int()) - 1
+        per_scale = groups // lo.numel()
+        lo, span = (x.float().repeat_interleave(per_scale) if lo.numel() > 1 else x.float() for x in (lo, span))
+        return lo[:, None], (span / largest)[:, None], largest[:, None]
+
+    @classmethod
+    @torch.no_grad()
+    def nearest(cls, w: Tensor, bits: Tensor, lo: Tensor, span: Tensor, group_size: int) -> Packed:
+        """Round every weight to the nearest value of its group's grid (ties to the even code).
+
+        Args:
+            w: finite weights, any shape and float type.
+            bits: ``[groups]`` or ``[1]``, integers 1..15.
+            lo, span: ``[scales]``.
+            group_size: as in ``grouped``.
+        """
+        groups = grouped(w.float(), group_size)
+        first, step, largest = cls.grid(bits, lo, span, len(groups))
+        step = torch.where(step == 0, 1.0, step)  # a constant tensor: every code is 0
+        codes = (groups - first).div_(step).round_().clamp_(min=0)
+        torch.minimum(codes, largest.to(codes.dtype), out=codes)
+        return cls(codes.to(code_dtype(int(largest.max()))), bits.to(torch.uint8), lo.detach(), span.detach(), w.shape)
+
+    def decode(self) -> Tensor:
+        """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
+        first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))
+        return ungrouped(self.codes.float().mul_(step).add_(first), self.shape)
+
+    def rule_bits(self) -> int:
+        """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
+        codes = self.codes.shape[1] * int(self.bits.long().expand(len(self.codes)).sum())
+        return codes + 16 * self.lo.itemsize * self.lo.numel()
+
+    def layout(self) -> dict[str, Any]:
+        """What the header says of this tensor; with it the entry's bytes can be read."""
+        return {
+            "shape": list(self.shape),
+            "group_size": self.codes.shape[1],
+            "bits": [int(self.bits.min()), int(self.bits.max())],
+            "scales": self.lo.numel(),
+            "dtype": str(self.lo.dtype).removeprefix("torch."),
+        }
+
+    def width_counts(self) -> list[int]:
+        """How many codes have 0, 1, 2, ... bits."""
+        groups = torch.bincount(self.bits.long().expand(len(self.codes)).cpu())
+        return (groups * self.codes.shape[1]).tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entry in the file."""
+        table = packed_bytes(len(self.codes), (int(self.bits.max()) - int(self.bits.min())).bit_length())
+        streams = sum(packed_bytes(n, width) for width, n in enumerate(self.width_counts()))
+        return table + streams + 2 * self.lo.numel() * self.lo.itemsize
+
+    def to_bytes(self) -> Tensor:
+        """The entry in the file, uint8 ``[bytes]``."""
+        codes = self.codes.cpu().numpy()
+        codes = codes.view(np.uint16) if codes.dtype == np.int16 else codes
+        bits = np.broadcast_to(self.bits.cpu().numpy(), len(codes))
+        lowest, highest = int(bits.min()), int(bits.max())
+        parts = [pack(bits - np.uint8(lowest), (highest - lowest).bit_length())]
+        if lowest < highest:
+            codes = codes.take(np.argsort(bits, kind="stable"), axis=0)
+        start = 0
+        for width, n in enumerate(np.bincount(bits)):
+            parts.append(pack(codes[start : start + n].ravel(), width))
+            start += n
+        parts += [x.contiguous().view(torch.uint8).cpu().numpy() for x in (self.lo, self.span)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    @classmethod
+    def from_bytes(cls, data: Tensor, layout: Mapping[str, Any]) -> Packed:
+        """Read an entry.
+
+        Raises:
+            ArtifactError: the entry's length is not what the layout says.
+        """
+        shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
+        lowest, highest = layout["bits"]
+        n_groups = -(-shape.numel() // group_size)
+        if n_groups % scales:
+            raise ArtifactError(f"{scales} scales cannot be shared by {n_groups} groups; the file is damaged")
+        rest = data.numpy()
+
+        def take(n: int) -> np.ndarray:
+            nonlocal rest
+            if n > rest.size:
+                raise ArtifactError("an entry is shorter than its header says; the file is damaged, write it again")
+            head, rest = rest[:n], rest[n:]
+            return head
+
+        table = (highest - lowest).bit_length()
+        bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
+        codes = np.empty((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
+        start = 0
+        for width, n in enumerate(np.bincount(bits)):
+            stream = unpack(take(packed_bytes(n * group_size, width)), width, n * group_size)
+            codes[start : start + n] = stream.reshape(n, group_size)
+            start += n
+        if lowest < highest:
+            arranged = codes
+            codes = np.empty_like(arranged)
+            codes[np.argsort(bits, kind="stable")] = arranged
+        dtype = getattr(torch, layout["dtype"])
+        lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
+        if rest.size:
+            raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
+        codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
+        bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
+        return cls(codes_tensor, bits_tensor, lo, span, shape)
+
+
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of a grid in the type that they are stored in.
+
+    Raises:
+        BitfrontError: they are too large for it.
+    """
+    if not torch.isfinite(stored := x.to(dtype)).all():
+        raise BitfrontError(f"weights are too large for scales in {dtype}; choose another quant.scale_dtype")
+    return stored
+
+
+def middle_code(bits: int) -> float:
+    """The code that stands for 0 in a symmetric grid: integers -2^(b-1)..2^(b-1)-1, but ±½ for one bit."""
+    return 2.0 ** (bits - 1) if bits > 1 else 0.5
+
+
+def code_dtype(largest: int) -> torch.dtype:
+    """The type of codes up to ``largest``."""
+    return torch.uint8 if largest < 256 else torch.int16

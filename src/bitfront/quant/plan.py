@@ -1,0 +1,165 @@
+"""In which order a network is calibrated: its blocks, and in each of them the layers that are solved together.
+
+Which layers there are, their order and which of them share an input is seen from one forward (``inputs.Watch``), so
+that no architecture is known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.inputs import Use, Watch
+
+
+@dataclass
+class Calibration:
+    """The data that a network is calibrated on, and how.
+
+    Attributes:
+        batches: inputs of the network, as the task knows them.
+        run: does a forward of the network on a batch.
+        blocks: names of the modules to work on one after the other; None finds them (``blocks``).
+        valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None.
+        states: folder where each finished block is kept, so that an interrupted run goes on there; or None.
+        seed: of the order of the data while tuning.
+    """
+
+    batches: Sequence[Any]
+    run: Callable[[nn.Module, Any], Any]
+    blocks: list[str] | None = None
+    valid: Callable[[Any], Tensor | None] = lambda batch: None
+    states: Path | None = None
+    seed: int = 0
+
+
+@dataclass
+class Unit:
+    """A block of the network to be quantized at once.
+
+    Attributes:
+        block: name of its module; "" for the network, where a layer is part of no block.
+        stages: names of the weights, those with the same inputs together, in the order of use.
+        blind: names of weights in the block of whose inputs nothing is known.
+        calls: how often it is called in a forward.
+        time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
+    """
+
+    block: str
+    stages: list[list[str]]
+    blind: list[str]
+    calls: int = 1
+    time_last: bool = False
+
+
+def blocks(network: nn.Module) -> list[str]:
+    """The modules that are natural to quantize at once: the items of the outermost lists of like modules (the layers of
+    an encoder), and whatever else is called beside them. A list of plain layers is no such list."""
+    found: list[str] = []
+
+    def like(module: nn.Module) -> bool:
+        kinds = [type(child) for child in module.children() if next(child.children(), None) is not None]
+        return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) > len(set(kinds))
+
+    def descend(name: str, module: nn.Module, listed: bool) -> None:
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if like(child):
+                descend(full, child, True)
+            elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # cannot be called
+                descend(full, child, listed)
+            elif not listed and any(like(inner) for inner in child.modules()):
+                descend(full, child, False)
+            else:
+                found.append(full)
+
+    descend("", network, False)
+    return found
+
+
+class _Seen:
+    """What one forward of the first batch shows.
+
+    Attributes:
+        calls: names of the blocks, as often as they are called.
+        uses: of each weight, with the block that the forward is in; keeps the inputs, and so their identity.
+        last: of each block, the last use that is no lookup.
+        first: by weight or block, a number that rises with time.
+    """
+
+    def __init__(self, network: nn.Module, blocks: list[str], weights: dict[str, nn.Parameter]) -> None:
+        self.modules = {name: network.get_submodule(name) for name in blocks}
+        self.weights, self.inside = weights, [""]
+        self.calls: list[str] = []
+        self.uses: dict[str, list[tuple[str, Use]]] = {}
+        self.last: dict[str, Use] = {}
+        self.first: dict[str, int] = {}
+
+    def watch(self, network: nn.Module, data: Calibration) -> None:
+        """Do the forward."""
+        hooks = [
+            m.register_forward_pre_hook(lambda *_, name=name: self._entered(name)) for name, m in self.modules.items()
+        ]
+        hooks += [m.register_forward_hook(lambda *_: self.inside.pop() and None) for m in self.modules.values()]
+        try:
+            with torch.no_grad(), Watch(self.weights, self._see):
+                data.run(network, data.batches[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        called = [name for name in reversed(self.modules) if name in self.first]
+        self.owners = {id(p): name for name in called for p in self.modules[name].parameters()}
+
+    def home(self, name: str) -> str:
+        """The block in which a weight is used, or which holds it if no use is seen; "" if it is used in several."""
+        used = {block for block, _ in self.uses.get(name, [])} or {self.owners.get(id(self.weights[name]), "")}
+        return used.pop() if len(used) == 1 else ""
+
+    def start(self, name: str) -> tuple[int, int]:
+        """When first the block, then the weight is needed. An embedding that is also the output: before all blocks."""
+        keys = (name, self.owners.get(id(self.weights[name])))
+        return min((self.first[key] for key in keys if key in self.first), default=-1), self.first.get(name, -1)
+
+    def inputs(self, name: str) -> set[Any]:
+        """What the inputs of a weight are known by."""
+        return {use.key for _, use in self.uses.get(name, [])}
+
+    def unit(self, block: str) -> Unit:
+        """A block, still empty."""
+        return Unit(
+            block, [], [], self.calls.count(block), block in self.last and self.last[block].geometry is not None
+        )
+
+    def _entered(self, name: str) -> None:
+        self.inside.append(name)
+        self.calls.append(name)
+        self.first.setdefault(name, len(self.first))
+
+    def _see(self, name: str, use: Use) -> None:
+        self.uses.setdefault(name, []).append((self.inside[-1], use))
+        if not use.lookup:
+            self.last[self.inside[-1]] = use
+        self.first.setdefault(name, len(self.first))
+
+
+def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
+    """Which weights are solved together, and in which order, as seen from one forward of the first batch."""
+    seen = _Seen(network, blocks(network) if data.blocks is None else data.blocks, weights)
+    seen.watch(network, data)
+    units: dict[str, Unit] = {}
+    for name in sorted(weights, key=seen.start):
+        block = seen.home(name)
+        unit = units.setdefault(block or (name if name in seen.uses else ""), seen.unit(block))
+        alike = (stage for stage in unit.stages if seen.inputs(name) == seen.inputs(stage[0]))
+        if all(use.lookup for _, use in seen.uses.get(name, [])):
+            unit.blind.append(name)
+        elif (stage := next(alike, None)) is not None:
+            stage.append(name)
+        else:
+            unit.stages.append([name])
+    return list(units.values())

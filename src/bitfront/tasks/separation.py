@@ -1,0 +1,203 @@
+"""Separation of music into its sources."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, MetricCollection
+
+from bitfront.data.audio import REMIXED, Excerpts, Song, Whole, excerpt_length, level, songs, tones
+from bitfront.data.music import music
+from bitfront.errors import BitfrontError
+from bitfront.processes import processes
+from bitfront.tasks.core import Task
+from bitfront.tasks.sdr import FramewiseSDR, GlobalSDR
+
+
+@dataclass(kw_only=True)
+class Separation(Task):
+    """A network of the demucs package that gives each source of a mixture, trained with the L1 loss.
+
+    Attributes:
+        data: "music" (generated), "tones" (one for each source), or a folder of ``data_root`` in the layout of
+            MUSDB18-HQ.
+        sources: names of the files beside the mixture.
+        valid_songs: songs of the training folder that are the validation split; none takes the folder ``valid``.
+        samplerate, audio_channels: of the files.
+        segment, stride: seconds of a training excerpt, and to the next; see ``Excerpts`` for what the network gets.
+        repeat: how often an epoch goes through the excerpts.
+        repitch: probability of a change of pitch and tempo.
+        window, overlap: seconds that are separated at once in evaluation, and the share of them that two windows have
+            in common, where they fade into each other.
+        shifts: on the test split, the mean over so many starts of the song within half a second.
+        museval: whether the test split gets BSSEval v4 too, which takes as long as the music at 44.1 kHz.
+        network: "demucs", "hdemucs" or "htdemucs".
+        demucs, hdemucs, htdemucs: arguments of their constructors.
+    """
+
+    primary: ClassVar[tuple[str, bool]] = ("nsdr", True)
+    singly: ClassVar[bool] = True
+
+    data: str
+    sources: list[str]
+    valid_songs: list[str]
+    samplerate: int
+    audio_channels: int
+    segment: float
+    stride: float
+    repeat: int = 1
+    repitch: float = 0.0
+    window: float
+    overlap: float
+    shifts: int = 1
+    museval: bool = False
+    network: str = "demucs"
+    demucs: dict[str, Any] = field(default_factory=dict)
+    hdemucs: dict[str, Any] = field(default_factory=dict)
+    htdemucs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, fits in {
+            "network": self.network in ("demucs", "hdemucs", "htdemucs"),
+            "repitch": 0 <= self.repitch <= 1,
+            "overlap": 0 <= self.overlap < 1,
+            "repeat": self.repeat > 0,
+            "shifts": self.shifts > 0,
+            "stride": self.stride > 0,
+            "segment": self.length > 0,
+            "window": self.window > 0,
+        }.items():
+            if not fits:
+                raise BitfrontError(f"task.{name}={getattr(self, name)} is out of range")
+        longest = self.length / self.samplerate
+        if self.network == "htdemucs" and self.window > longest:
+            raise BitfrontError(f"htdemucs sees {longest} s in training and no more later; set task.window={longest}")
+
+    @property
+    def length(self) -> int:
+        """Samples of what the network is trained on."""
+        return excerpt_length(self._samples(self.segment), self._samples(self.stride), self.repitch)
+
+    def _samples(self, seconds: float) -> int:
+        return round(seconds * self.samplerate)
+
+    def model(self) -> nn.Module:
+        from demucs.demucs import Demucs
+        from demucs.hdemucs import HDemucs
+        from demucs.htdemucs import HTDemucs
+
+        kind = {"demucs": Demucs, "hdemucs": HDemucs, "htdemucs": HTDemucs}[self.network]
+        about = {"samplerate": self.samplerate, "segment": Fraction(self.length, self.samplerate)}
+        return kind(self.sources, audio_channels=self.audio_channels, **about, **getattr(self, self.network))
+
+    def songs(self) -> dict[str, list[Song]]:
+        """All splits."""
+        if self.data == "tones":
+            kind = self.sources, self.samplerate, self.audio_channels, 2 * self.segment
+            return {split: tones(split, *kind) for split in ("train", "valid", "test")}
+        root = Path(self.data_root)
+        folder = music(root) if self.data == "music" else root / self.data
+        return songs(folder, self.sources, self.valid_songs, self.samplerate, self.audio_channels)
+
+    def dataset(self, split: str) -> Excerpts | Whole:
+        found = self.songs()[split]
+        if split != "train":
+            return Whole(found, self.sources)
+        segment, stride = self._samples(self.segment), self._samples(self.stride)
+        return Excerpts(found, self.sources, self.samplerate, segment, stride, self.repitch, self.repeat)
+
+    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
+        """As of every task.
+
+        Raises:
+            BitfrontError: a process's part of a batch does not go into the groups whose sources are swapped.
+        """
+        size = self.recipe.batch_size // (parts * (processes()[1] if shared else 1))
+        if split == "train" and size % REMIXED:
+            raise BitfrontError(
+                f"sources are swapped between {REMIXED} samples, and each process gets {size} at once; make "
+                f"train.batch_size / trainer.devices / trainer.accumulate_grad_batches a multiple of {REMIXED}"
+            )
+        return super().loader(split, epoch, shared, parts)
+
+    def undisturbed(self, dataset: Excerpts) -> Excerpts:
+        return replace(dataset, disturbed=False, repeat=1)
+
+    def loss(self, net: nn.Module, batch: Tensor) -> Tensor:
+        return nn.functional.l1_loss(net(batch.sum(1)), batch)
+
+    def metrics(self, **options: Any) -> MetricCollection:
+        metrics: dict[str, Any] = {"loss": MeanMetric(**options), "global": GlobalSDR(self.sources, **options)}
+        if self.museval:
+            metrics["framewise"] = FramewiseSDR(self.sources, self.samplerate, **options)
+        return MetricCollection(metrics, compute_groups=False)
+
+    def update(self, metrics: MetricCollection, net: nn.Module, batch: Tensor) -> None:
+        mixture, references = batch[0], batch[1:]
+        starts = [k * self.samplerate // (2 * self.shifts) for k in range(self.shifts)]
+        estimates = separate(net, mixture, self._samples(self.window), self.overlap, starts)
+        metrics["loss"].update((estimates - references).abs().mean() / level(mixture)[1])
+        metrics["global"].update(references, estimates, mixture)
+        if self.museval:
+            metrics["framewise"].update(references, estimates)
+
+    def evaluate(
+        self, net: nn.Module, split: str, device: torch.device | str = "cpu", shared: bool = True
+    ) -> dict[str, float]:
+        """As of every task. BSSEval and shifts, which take long, are left out on the validation split."""
+        task = copy.copy(self)
+        if split != "test":
+            task.museval, task.shifts = False, 1
+        return super(Separation, task).evaluate(net, split, device, shared)
+
+
+def separate(net: nn.Module, mixture: Tensor, window: int, overlap: float, starts: Sequence[int] = (0,)) -> Tensor:
+    """Estimate the sources of a whole song.
+
+    Args:
+        net: gives ``[batch, sources, channels, length]`` of mixtures ``[batch, channels, length]``, normalized by their
+            mean and standard deviation.
+        mixture: ``[channels, length]``.
+        window, overlap: see ``in_windows``.
+        starts: samples of silence before the song, for each of which it is separated; the mean counts.
+
+    Returns:
+        ``[sources, channels, length]``.
+    """
+    mean, std = level(mixture)
+    x = (mixture - mean) / std
+    total = torch.zeros((), device=x.device)
+    for start in starts:
+        total = total + in_windows(net, nn.functional.pad(x, (start, 0)), window, overlap)[..., start:]
+    return total / len(starts) * std + mean
+
+
+def in_windows(net: nn.Module, x: Tensor, window: int, overlap: float) -> Tensor:
+    """What a network gives for an input ``[channels, length]`` of any length, ``[sources, channels, length]``.
+
+    Args:
+        net: maps batches.
+        x: its input.
+        window: samples at once; the last window ends with the input.
+        overlap: share of a window that the next one has, too, where they fade into each other.
+    """
+    length = x.shape[-1]
+    last = max(length - window, 0)
+    slope = torch.arange(1, min(window, length) + 1, device=x.device)
+    weight = torch.minimum(slope, slope.flip(0)).to(x)
+    weights, total = torch.zeros(length, device=x.device), torch.zeros((), device=x.device)
+    for start in [*range(0, last, max(int((1 - overlap) * window), 1)), last]:
+        part = net(x[None, :, start : start + window])[0]
+        total = total if total.dim() else part.new_zeros(*part.shape[:-1], length)
+        total[..., start : start + window] += part * weight
+        weights[start : start + window] += weight
+    return total / weights

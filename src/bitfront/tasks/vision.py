@@ -1,0 +1,251 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from bitfront.data.imagenet import Photos, photos
+from bitfront.data.images import Images, class_folders, digits, generated
+from bitfront.errors import BitfrontError
+from bitfront.models.images import NETWORKS
+from bitfront.tasks.core import Task
+
+
+@dataclass(kw_only=True)
+class Classification(Task):
+    """What all image classification has in common.
+
+    Attributes:
+        data: "digits" (bundled with scikit-learn), "generated" (patterns of noise), or a folder of ``data_root`` with
+            ``{train,test}/<class>/*``.
+        classes, channels, image_size: of the data.
+        label_smoothing: of the training loss.
+        crop: augmentation of folders: shift by up to ``crop`` pixels and mirror; 0 for none.
+    """
+
+    primary: ClassVar[tuple[str, bool]] = ("top1", True)
+    percent: ClassVar[tuple[str, ...]] = ("top1", "top5")
+
+    data: str
+    classes: int
+    channels: int
+    image_size: int
+    label_smoothing: float
+    crop: int
+
+    def dataset(self, split: str) -> Any:
+        if self.data == "generated":
+            return generated(split, self.classes, self.channels, self.image_size)
+        if self.data == "digits":
+            return digits(split)
+        return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
+
+    def undisturbed(self, dataset: Any) -> Any:
+        return replace(dataset, crop=0) if isinstance(dataset, Images) else dataset
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Pixels in 0..1, moved around zero with about unit variance on natural images."""
+        return (x - 0.45) / 0.3
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        smoothing = 0.0 if y.is_floating_point() else self.label_smoothing  # mixed labels are smooth already
+        return nn.functional.cross_entropy(net(self.normalized(x)), y, label_smoothing=smoothing)
+
+    def metrics(self, **options: Any) -> MetricCollection:
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro", **options),
+                "top5": MulticlassAccuracy(self.classes, top_k=min(5, self.classes), average="micro", **options),
+                "loss": MeanMetric(**options),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = net(self.normalized(x))
+        metrics["top1"].update(logits, y)
+        metrics["top5"].update(logits, y)
+        metrics["loss"].update(nn.functional.cross_entropy(logits, y), weight=len(y))
+
+
+@dataclass(kw_only=True)
+class Vision(Classification):
+    """A vision transformer of any size on small images.
+
+    Attributes:
+        patch_size, dim, depth, heads, drop_path: of the transformer.
+    """
+
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    drop_path: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.heads or self.image_size % self.patch_size:
+            raise BitfrontError("task.heads must divide task.dim, and task.patch_size task.image_size")
+
+    def model(self) -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            in_chans=self.channels,
+            num_classes=self.classes,
+            embed_dim=self.dim,
+            depth=self.depth,
+            num_heads=self.heads,
+            drop_path_rate=self.drop_path,
+            class_token=False,
+            global_pool="avg",
+            weight_init="jax",  # Xavier; timm's default of 0.02 hardly trains at these widths
+        )
+
+
+@dataclass(kw_only=True)
+class KnownNetwork(Classification):
+    """A network from the literature, by its name.
+
+    Attributes:
+        network: a name in ``models/images.py``.
+        mean, std: of the pixels in 0..1, one value for all channels or one for each.
+    """
+
+    network: str
+    mean: list[float]
+    std: list[float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network not in (known := self.networks()):
+            close = [name for name in known if self.network in name][:5]
+            close = close or difflib.get_close_matches(self.network, known, 5) or known[:20]
+            raise BitfrontError(f"there is no model={self.network}; choices: {', '.join(close)}")
+        if self.network == "vit" and self.image_size != 32:
+            raise BitfrontError("model=vit is for images of 32 x 32, as of task=resnet_cifar10")
+
+    def networks(self) -> list[str]:
+        """The choices of ``network``."""
+        return list(NETWORKS)
+
+    def model(self) -> nn.Module:
+        return NETWORKS[self.network](self.channels, self.classes)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+
+
+@dataclass(kw_only=True)
+class ImageNet(KnownNetwork):
+    """A network on ImageNet, ``timm.<name>`` or ``torchvision.<name>``.
+
+    Attributes:
+        pretrained: start from the weights that the library publishes.
+        drop_path, dropout: of timm's networks.
+        crop_share: of the shorter side, in evaluation.
+        interpolation: with which images are scaled.
+        augment: timm's policy, as "rand-m9-mstd0.5-inc1"; "" for random crop and mirror alone.
+        erase: probability of erasing a part of the image.
+        mixup, cutmix: strength; 0 for none.
+        held_out: training images that validate.
+    """
+
+    drop_path: float
+    dropout: float
+    crop_share: float
+    interpolation: str
+    augment: str
+    erase: float
+    mixup: float
+    cutmix: float
+    held_out: int
+
+    def networks(self) -> list[str]:
+        import timm
+        import torchvision
+
+        names = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
+        return [*super().networks(), *(f"{library}.{name}" for library, known in names.items() for name in known)]
+
+    def model(self) -> nn.Module:
+        return super().model() if self.network in NETWORKS else self._built(False)
+
+    def initial(self) -> nn.Module:
+        return self._built(True) if self.pretrained else self.model()
+
+    def _built(self, pretrained: bool) -> nn.Module:
+        library, _, name = self.network.rpartition(".")
+        try:
+            if library == "timm":
+                import timm
+
+                rates: dict[str, Any] = {"drop_path_rate": self.drop_path, "drop_rate": self.dropout}
+                return timm.create_model(name, pretrained=pretrained, num_classes=self.classes, **rates)
+            import torchvision
+
+            weights = "IMAGENET1K_V1" if pretrained else None  # which the papers start from
+            return torchvision.models.get_model(name, weights=weights, num_classes=self.classes)
+        except TypeError as error:
+            raise BitfrontError(f"model={self.network} does not fit this task: {error}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained:
+                raise BitfrontError(f"could not build model={self.network}: {error}") from None
+            raise BitfrontError(
+                f"no pretrained weights for {self.network} ({type(error).__name__}: {error}); they are downloaded "
+                "once and kept below ~/.cache, which can be copied; or give init_from=<artifact>"
+            ) from None
+
+    def dataset(self, split: str) -> Any:
+        if self.data == "generated":
+            return super().dataset(split)
+        root = Path(self.data_root) / self.data
+        return photos(root, split, self.classes, self.held_out, self._view(split == "train"), self._mixing(split))
+
+    def undisturbed(self, dataset: Any) -> Any:
+        return replace(dataset, view=self._view(False), mixing=None) if isinstance(dataset, Photos) else dataset
+
+    def normalized(self, x: Tensor) -> Tensor:
+        # Photos are normalized as they are loaded, before a part of them is erased.
+        loaded = self.data != "generated"
+        return x.contiguous(memory_format=torch.channels_last) if loaded else super().normalized(x)
+
+    def decays(self, p: nn.Parameter) -> bool:
+        return p.dim() > 1 and len(p) > 1  # neither do positions and class tokens, [1, ...] (DeiT)
+
+    def _view(self, training: bool) -> Callable[[Any], Tensor]:
+        from timm.data import create_transform
+
+        return create_transform(
+            self.image_size,
+            is_training=training,
+            auto_augment=self.augment or None,
+            color_jitter=0.0,
+            re_prob=self.erase,
+            re_mode="pixel",
+            interpolation=self.interpolation,
+            crop_pct=self.crop_share,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+        )
+
+    def _mixing(self, split: str) -> Any:
+        from timm.data import Mixup
+
+        if split != "train" or not (self.mixup or self.cutmix):
+            return None
+        return Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
