@@ -136,6 +136,14 @@ def cli(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([name, *words], code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(scope="session")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with the float network of ``task=vit smoke=true``, on the CPU."""
+    root = tmp_path_factory.mktemp("floats")
+    assert cli("run", "task=vit", "smoke=true", "trainer.accelerator=cpu", f"root={root}").returncode == 0
+    return root
+
+
 def wandb_run(directory: Path) -> dict[str, Any]:
     """The one W&B run below a folder, by W&B's own reader: ``config``, ``summary``, ``name`` and so on as it sums them
     up, and ``lines``, its log by kind.

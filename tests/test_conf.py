@@ -14,6 +14,7 @@ from conftest import cli
 from bitfront.cells import compose
 from bitfront.cells.check import check
 from bitfront.cells.flow import build_method, build_task
+from bitfront.cells.record import read_all
 from bitfront.cells.usage import usage
 from bitfront.errors import BitfrontError
 from bitfront.quant.core import Method
@@ -154,7 +155,19 @@ def test_cfg_shows_all_keys_of_a_cell() -> None:
         (("--resolve",), "there is no --resolve; flags: -m"),
         (("hydra.verbose=true",), "hydra.* are options of a sweep"),
         (("-m", "quant=rtn", "--cfg", "job"), "a sweep takes no --cfg"),
-        (("--config-dir", "/nowhere"), "no folder with task/ or quant/"),
+        (("--config-dir", "/nowhere"), "takes a folder with task/<name>.yaml"),
+        (("task=vit", "--config-dir"), "takes a folder with task/<name>.yaml"),
+        (("task=vit", "--cfg"), "--cfg takes one word"),
+        (("--cfg", "quant=diffq"), "--cfg takes one word"),
+        (("quant=diffq", "penalty=1,2"), "'penalty=1,2' has several values; add -m"),
+        (("task=vit,lm",), "has several values"),
+        (("quant=diffq", "penalty=interval(1,2)", "--cfg", "job"), "has several values"),
+        (("task@elsewhere=vit",), "only existing keys can be set"),
+        (("+hydra.x=1",), "only existing keys can be set"),
+        (("data_root=${oc.env:NOTHING}",), "cannot be resolved"),
+        (("task.heads=0",), "task.heads must divide task.dim"),
+        (("task=resnet_imagenet", "model=resnet20"), "there is no model=resnet20"),
+        (("quant=decoupleq", "quant.sft=true", "trainer.devices=2", "init_from=README.md"), "init_from=<its model"),
         (("recipe=diffq/cifar11",), "did you mean 'diffq/cifar10'"),
         (("tensors.min_size=0",), "'tensors.min_size' is a fact of the task"),
         (("methods.lsq.penalty=1",), "is a fact of the task"),
@@ -173,6 +186,50 @@ from bitfront.quant.ste import STE
 class Mine(STE):
     pass
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("", "has no task._target_"),
+        ("task: {_target_: Vision}\ntrain: {epochs: 1, batch_size: 8, lr: 1.0}", "there is no .Vision"),
+        ("task: {_target_: nowhere.Task}\ntrain: {epochs: 1, batch_size: 8, lr: 1.0}", "there is no nowhere.Task"),
+        ("task: {_target_: bitfront.tasks.vision.Vision, colour: red}", "train.* of task=mine: "),
+        ("defaults: [vit, _self_]\ntask: {colour: red}", "task=mine: "),
+        ("defaults: [vit, _self_]\ntrain: {speed: 3}", "train.* of task=mine"),
+        ("defaults: [vit, _self_]\ntiny: {task: {colour: 3}}", "cannot be resolved"),
+        ("defaults: [nothing, _self_]", "build on one that there is not"),
+        ("defaults: [vit", "do not fit together"),
+    ],
+)
+def test_a_mistake_in_ones_own_yaml_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, answer: str
+) -> None:
+    own = tmp_path / "its own (folder), here"
+    (own / "task").mkdir(parents=True)
+    (own / "task" / "mine.yaml").write_text(f"# @package _global_\n# mine\n{text}\n")
+    monkeypatch.setenv(compose.OWN, "")
+    words = ("--config-dir", str(own), "task=mine", f"smoke={str('tiny' in text).lower()}", f"root={tmp_path}")
+    result = cli("run", *words)
+    assert result.returncode and answer in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_ones_own_have_names_of_their_own_and_every_command_knows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text("# @package _global_\n# a task of mine\ndefaults: [vit, _self_]\n")
+    monkeypatch.setenv(compose.OWN, "")
+    own = ("--config-dir", str(tmp_path))
+    assert "a task of mine" in cli("run", *own, "--help").stdout
+    assert cli("run", *own, "task=mine", "smoke=true", f"root={tmp_path}").returncode == 0
+    (record,) = read_all(tmp_path)
+    assert "the same as in its record" in cli("evaluate", *own, f"artifact={record.artifact}").stdout
+    assert own[0] in record.command and "mine" in cli("report", *own, str(tmp_path)).stdout
+    monkeypatch.setenv(compose.OWN, "")
+    assert "there is no task=mine" in cli("evaluate", f"artifact={record.artifact}").stderr
+    (tmp_path / "task" / "vit.yaml").write_text("")
+    assert "has the name of a task of ours" in cli("run", *own).stderr
 
 
 def test_tasks_and_methods_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,16 @@ def test_where_nothing_is_trained_the_recipe_does_not_count(tmp_path: Path) -> N
     assert identity.identity("vit", "rtn", config, record.init_sha256) != record.id
 
 
+def test_but_for_what_batch_norms_are_measured_on(tmp_path: Path) -> None:
+    start = run(tmp_path / "a", "task=resnet", "quant=float")
+    words = ("task=resnet", "quant=rtn", f"init_from={start.artifact}", "quant.reestimate_bn=true")
+    record = run(tmp_path / "b", *words)
+    for key, counts in (("batch_size", True), ("repeats", True), ("lr", False), ("epochs", False)):
+        config = yaml.safe_load(yaml.safe_dump(record.config))
+        config["train"][key] = 7
+        assert (identity.identity("resnet", "rtn", config, record.init_sha256) != record.id) == counts, key
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The id of a cell of a configuration that is changed in some files."""

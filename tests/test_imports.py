@@ -20,7 +20,7 @@ MAY = {  # what each floor may import, besides itself
     **{name: {"errors", "shipped"} for name in BASE},
     "quant": {"errors"},
     "models": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "shipped"},
     "tasks": {"data", "models", "errors", "processes"},
     "cells": {"tasks", "quant", *BASE},
     "sweeps": {"cells", *BASE},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, cli
 
-from bitfront.cells.record import Record, read_all
+from bitfront.cells.record import Record, read, read_all, text_of
 from bitfront.errors import BitfrontError
 from bitfront.reports.figures import draw
 from bitfront.reports.papers import Published, published
@@ -368,6 +368,23 @@ def test_numbers_in_the_prose_of_results_are_in_its_tables() -> None:
     numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", prose))
     assert numbers
     assert numbers <= set(re.findall(r"\d+\.\d+", tables)), "typed, or no longer so"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "../../elsewhere"}, {"id": "/x"}, {"environment": {}}, {"config": {}}, {"stages": {"a": 1}},
+        {"widths": {"a": 5}}, {"primary": {"name": "top1", "higher_is_better": True, "value": "x"}}, {"sizes": {}},
+        {"colour": "red"}, {"metrics": {"test": {}}}, {"seed": "0"},
+    ],
+)  # fmt: skip
+def test_a_foreign_record_is_none(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    content = fake("a", 1000, 80.0).as_json()
+    path = tmp_path / "record.json"
+    path.write_text(text_of("finished", content))
+    assert read(path)
+    path.write_text(text_of("finished", content | wrong))
+    assert read(path) is None and read_all(tmp_path) == []
 
 
 def test_filters(tmp_path: Path) -> None:

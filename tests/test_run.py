@@ -20,7 +20,9 @@ from bitfront.cells.cell import Cell
 from bitfront.cells.provenance import environment
 from bitfront.cells.record import Record, read, read_all, sha256
 from bitfront.cells.runs import Run
+from bitfront.cells.trainer import check_checkpoint
 from bitfront.commands.evaluate import compared
+from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
@@ -103,7 +105,14 @@ CRAFTED: dict[str, Any] = {
     "a home for data": {"config": {"task": {"data": "~"}}},
     "an unknown key": {"config": {"task": {"loader": "leaves_a_mark"}}},
     "another type": {"config": {"task": {"dim": "leaves_a_mark"}}},
-    "a place for the language model": {"task": "asr", "config": {"task": {"lm": "/leaves_a_mark", "beam": 5}}},
+    "a place for the language model": {"task": "asr", "config": {"task": {"lm": "leaves_a_mark", "beam": 5}}},
+    "another type of the same value": {"config": {"task": {"depth": 2.0}}},
+    "true for a number": {"config": {"task": {"depth": True}}},
+    "an element of another type": {"task": "resnet", "config": {"task": {"mean": ["leaves_a_mark"]}}},
+    "a mapping within a list": {"task": "separation", "config": {"task": {"sources": ["a", {"b": "leaves_a_mark"}]}}},
+    "an unknown key within a mapping": {"task": "separation", "config": {"task": {"demucs": {"leaves": 1}}}},
+    "what evaluation does not need": {"config": {"train": {"workers": 100}}},
+    "no network": {"config": {"task": {"dim": -32}}},
     "no mapping": {"config": ["leaves_a_mark"]},
     "a nested class": {"task": "separation", "config": {"task": {"demucs": {"_target_": "leaves_a_mark.Task"}}}},
     "nothing": {"task": None},
@@ -123,6 +132,28 @@ def test_a_file_decides_on_no_code_and_no_place(
     result = cli("evaluate", f"artifact={tmp_path / 'crafted.safetensors'}", "accelerator=cpu")
     assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
     assert not (tmp_path / "mark").exists() and "leaves_a_mark" not in sys.modules
+
+
+def test_what_a_file_may_not_say_a_user_may(root: Path, tmp_path: Path) -> None:
+    """A run with a place in its task is measured again where the user gives the place."""
+    artifact = Artifact.load(only(root, "rtn") / "model.safetensors")
+    artifact.about["config"]["task"]["data"] = "sub/generated"
+    artifact.save(tmp_path / "x.safetensors")
+    words = ("evaluate", f"artifact={tmp_path / 'x.safetensors'}", "accelerator=cpu")
+    assert "give task.data=<place> yourself" in cli(*words).stderr
+    assert "top1" in cli(*words, "task.data=generated").stdout
+    artifact.about = {}
+    artifact.save(tmp_path / "x.safetensors")
+    assert "give task=<name>" in cli(*words).stderr
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]], ids=["something else", "a list"])
+def test_a_checkpoint_of_something_else_is_damaged(tmp_path: Path, content: Any) -> None:
+    import torch
+
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(BitfrontError, match="damaged"):
+        check_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_a_checkpoint_is_data(tmp_path: Path) -> None:
@@ -305,6 +336,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from bitfront.cells.runs import Run
+from bitfront.cells.trainer import check_checkpoint
 with Run(Path(sys.argv[1])).locked(wait=False):
     print("held", flush=True)
     input()
@@ -340,9 +372,10 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path, damage: str) -> Non
     assert result.returncode != 0 and "damaged" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_interrupt_keeps_what_was_computed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_interrupt_keeps_what_was_computed(tmp_path: Path, how: str) -> None:
     words = [*SMOKE, "quant=float", f"root={tmp_path}", "wandb=disabled"]
-    code = KILLED.replace("SIGKILL", "SIGINT").replace(" and self.model.names", "")
+    code = KILLED.replace("SIGKILL", how).replace(" and self.model.names", "")
     assert killed(code, words) != 0
     assert (only(tmp_path, "float") / "last.ckpt").is_file()
     assert cli("run", *words).returncode == 0

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method, build_task
-from bitfront.cells.training import Training, fit
+from bitfront.cells.trainer import fit
+from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
 from bitfront.tasks.core import Task
 

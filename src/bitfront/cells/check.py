@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from bitfront.cells import compose
@@ -42,12 +42,13 @@ def check(words: Sequence[str]) -> None:
         overrides = compose.parse(words)
     except HydraException as error:
         raise BitfrontError(f"{error}; options are words like penalty=5") from None
+    for override in overrides:
+        if override.package is not None or override.is_add() or override.is_force_add() or override.is_delete():
+            raise BitfrontError(f"'{override.input_line}' adds or deletes a key; only existing keys can be set")
     overrides = [o for o in overrides if not compose.names(o.key_or_group, "hydra")]
     chosen: dict[str, list[str]] = {}
     for override in overrides:
         key = override.key_or_group
-        if override.is_add() or override.is_force_add() or override.is_delete():
-            raise BitfrontError(f"'{override.input_line}' adds or deletes a key; only existing keys can be set")
         if override.is_sweep_override() and (compose.names(key, *compose.SWEEP) or key == "trainer.devices"):
             raise BitfrontError(f"{key} is the same for all cells of a sweep; give it one value")
         if key in compose.GROUPS:
@@ -56,12 +57,7 @@ def check(words: Sequence[str]) -> None:
         chosen.setdefault(group, [compose.default(group)])
     for choice in itertools.product(*chosen.values()):
         pair = dict(zip(chosen, choice, strict=True))
-        try:
-            config = compose.files(**pair)
-        except MissingConfigException:  # of Hydra's launcher
-            raise BitfrontError(
-                "cluster=ray needs two more packages: pip install 'hydra-ray-launcher==1.2.2' 'ray[default]==2.60.0'"
-            ) from None
+        config = compose.files(**pair)
         for override in overrides:
             if override.key_or_group not in compose.GROUPS:
                 _check_key(config, override, pair["quant"], overrides)

@@ -61,8 +61,24 @@ class Config:
 
 
 def folders() -> list[Path]:
-    """Where the yaml files are: the user's own come first."""
+    """Where the yaml files are: the user's own, and ours."""
     return [*([Path(own)] if (own := os.environ.get(OWN)) else []), CONF]
+
+
+def use(folder: str) -> None:
+    """Have the user's own tasks and methods beside ours, in this process and in those that it starts.
+
+    Raises:
+        BitfrontError: there are none, or one has the name of one of ours.
+    """
+    path = Path(folder).resolve()
+    own = {group: {file.stem for file in (path / group).glob("*.yaml")} for group in CELL}
+    if not folder or not any(own.values()):
+        raise BitfrontError(f"--config-dir takes a folder with task/<name>.yaml or quant/<name>.yaml, got '{folder}'")
+    for group, found in own.items():
+        if taken := sorted(found & {file.stem for file in (CONF / group).glob("*.yaml")}):
+            raise BitfrontError(f"'{path / group / taken[0]}.yaml' has the name of a {group} of ours; rename it")
+    os.environ[OWN] = str(path)
 
 
 def options(group: str) -> list[str]:
@@ -78,10 +94,7 @@ def file(group: str, name: str) -> Path:
 def target(group: str, name: str) -> str:
     """The class of a task or method, as our configuration, or the user's own, names it."""
     other = {"task": "quant", "quant": "task"}[group]
-    named = files(**{group: name, other: default(other)})[group].get("_target_")
-    if named is None:
-        raise BitfrontError(f"'{file(group, name)}' has no {group}._target_, the class of {group}={name}")
-    return str(named)
+    return str(files(**{group: name, other: default(other)})[group]["_target_"])
 
 
 def default(group: str) -> str:
@@ -104,12 +117,16 @@ def load(words: Sequence[str]) -> Config:
     task, method = (str(overrides[group].value()) if group in overrides else default(group) for group in CELL)
     base = files(task=task, quant=method)
     typed = {_by_knob(base, key): o for key, o in overrides.items() if key not in CELL}
-    found = _layered(base, method, {key: o.value() for key, o in typed.items()})
-    plain = OmegaConf.to_container(found, resolve=True)
+    try:
+        found = _layered(base, method, {key: o.value() for key, o in typed.items()})
+        plain = OmegaConf.to_container(found, resolve=True)
+    except OmegaConfBaseException as error:
+        raise BitfrontError(f"task={task} quant={method} cannot be resolved: {_first_line(error)}") from None
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items() if key not in (*BLOCKS, *SWEEP)}
-    for group in CELL:
-        values[group].pop("_target_", None)
+    for group, name in zip(CELL, (task, method), strict=True):
+        if not isinstance(values.get(group), dict) or values[group].pop("_target_", None) is None:
+            raise BitfrontError(f"'{file(group, name)}' has no {group}._target_, the class of {group}={name}")
     return Config(task, method, values, _setting(task, method, typed, found))
 
 
@@ -147,15 +164,19 @@ def _composed(*words: str) -> DictConfig:
             return compose("config", list(words))
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", list(words))
-    except MissingConfigException:
-        raise
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except MissingConfigException as error:
+        if error.missing_cfg_file == "hydra/launcher/ray":
+            raise BitfrontError(
+                "cluster=ray needs two more packages: pip install 'hydra-ray-launcher==1.2.2' 'ray[default]==2.60.0'"
+            ) from None
+        raise BitfrontError(f"the yaml files of {' '.join(words)} build on one that there is not: {error}") from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise BitfrontError(f"the yaml files of {' '.join(words)} do not fit together: {error}") from None
 
 
 def searchpath() -> list[str]:
     """The word by which Hydra finds the user's own folder, if there is one."""
-    return [f"hydra.searchpath=[file://{own}]"] if (own := os.environ.get(OWN)) else []
+    return [f"hydra.searchpath=['file://{own}']"] if (own := os.environ.get(OWN)) else []
 
 
 def command(words: Sequence[str]) -> str:
@@ -175,7 +196,8 @@ def knobs(group: str, name: str) -> list[tuple[str, Any]]:
     if group in SWEEP:
         return [(f"{group}.{key}", value) for key, value in keys[group].items()]
     own = {key: v for key, v in keys.items() if key not in (*GROUPS, *BLOCKS, "train", "init_from", "defaults")}
-    bases = [str(Path(name).parent / part) for part in keys.get("defaults", []) if part != "_self_"]
+    parts = [part for part in keys.get("defaults", []) if isinstance(part, str) and part != "_self_"]
+    bases = [str(Path(name).parent / part) for part in parts]
     inherited = {key: value for base in bases for key, value in knobs(group, base)}
     return [*own.items(), *((key, value) for key, value in inherited.items() if key not in own)]
 
@@ -192,18 +214,19 @@ def _content(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _parsed(path: Path, _: int) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+    return yaml.safe_load(path.read_text()) or {}
 
 
 def _layered(base: DictConfig, method: str, typed: Mapping[str, Any]) -> DictConfig:
     pair, words = base.methods.get(method) or {}, OmegaConf.create()
     for key, value in typed.items():
         OmegaConf.update(words, key, value, force_add=True)
+    asked = OmegaConf.merge(base, pair, words)
+    recipe = None
     if calibrated(base):
-        recipe = base.calibration.train
-    else:
-        started = OmegaConf.merge(base, pair, words).init_from is not None
-        recipe = base.finetune.train if started else {}
+        recipe = base.calibration.train if asked.quant.sft else None
+    elif asked.init_from is not None:
+        recipe = base.finetune.train
     found = OmegaConf.merge(base, {"train": recipe or {}}, pair, words)
     assert isinstance(found, DictConfig)
     if found.smoke:
@@ -228,3 +251,7 @@ def _by_knob(base: DictConfig, key: str) -> str:
     raw: Any = OmegaConf.to_container(base[group], resolve=False) if group in CELL else {}
     knob = re.fullmatch(r"\$\{(\w+)\}", str(raw.get(name)))
     return knob[1] if knob else key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

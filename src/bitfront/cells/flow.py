@@ -21,7 +21,8 @@ from bitfront.cells.provenance import environment, peak_memory
 from bitfront.cells.record import Head, Primary, Record, Sizes, sha256
 from bitfront.cells.runs import Origin, Run
 from bitfront.cells.tracking import Tracker
-from bitfront.cells.training import Training, accelerator, check_trainer, fit
+from bitfront.cells.trainer import accelerator, check_trainer, fit
+from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.quant.artifact import Artifact
@@ -40,7 +41,10 @@ def build_task(config: Config) -> Task:
         BitfrontError: its values do not fit.
     """
     values = config.values
-    recipe = Recipe(**values["train"])
+    try:
+        recipe = Recipe(**values["train"])
+    except TypeError as error:
+        raise BitfrontError(f"train.* of task={config.task}: {error}") from None
     return _built(
         "task", config.task, values["task"], recipe=recipe, data_root=values["data_root"], seed=values["seed"]
     )
@@ -56,7 +60,7 @@ def _built(group: str, name: str, values: dict[str, Any], **more: Any) -> Any:
     place, _, kind = compose.target(group, name).rpartition(".")
     try:
         return getattr(import_module(place), kind)(**values, **more)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise BitfrontError(f"there is no {place}.{kind}, of which {group}={name} is to be ({error})") from None
     except TypeError as error:
         raise BitfrontError(f"{group}={name}: {error}") from None

@@ -33,21 +33,26 @@ BORN: dict[str, Any] = {
     "quant.reestimate_bn": False,
     "quant.layers": None,
 }
+BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on
 PLACES = ("accelerator",)  # of the trainer: where a cell runs
 
 
 def identity(task: str, method: str, config: Mapping[str, Any], init: str | None) -> str:
     """The id of a cell: of its names, its values, its seed and what it starts from.
 
-    Not of the folders of runs and data, the accelerator and the tracking, nor, where nothing is trained, of the recipe:
-    none of them changes the result (``tests/test_identity.py`` runs cells with and without).
+    Not of the folders of runs and data, the accelerator and the tracking, nor, where nothing is trained, of the recipe
+    (but for what batch norms are measured on): none of them changes the result, which ``tests/test_identity.py`` shows.
 
     Args:
         task, method: names of the choices.
         config: as ``compose.load`` gives it, or as a record has it.
         init: hash of the artifact that the cell starts from.
     """
-    kept: dict[str, Any] = {key: config[key] for key in ("task", "quant", *(["train"] if trains(config) else []))}
+    kept: dict[str, Any] = {key: config[key] for key in ("task", "quant")}
+    if trains(config):
+        kept["train"] = config["train"]
+    elif config["quant"].get("reestimate_bn"):
+        kept["train"] = {key: config["train"][key] for key in BATCHES}
     kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in PLACES}
     if config["quant"].get("layers"):  # where patterns overlap, their order counts
         kept["quant"] = kept["quant"] | {"layers": list(config["quant"]["layers"].items())}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-import shlex
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from bitfront.cells.compose import command
 from bitfront.cells.identity import identity
-from bitfront.shipped import module
 
 SCHEMA = "bitfront/record/2"
 FILE = "record.json"
@@ -82,7 +82,7 @@ class Head:
     @property
     def command(self) -> str:
         """The command line that makes the run again."""
-        return f"{module('run')} {shlex.join(self.overrides)}"
+        return command(self.overrides)
 
     def identity(self, **values: Any) -> str:
         """The id by what the record says, with other values for some keys of its configuration."""
@@ -154,14 +154,30 @@ class Record(Head):
         if missing := required - content.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
         for name, value in content.items():
-            kind = _KINDS.get(str(known[name].type).partition("[")[0], object)
-            if not isinstance(value, kind):
+            if not isinstance(value, _KINDS.get(str(known[name].type).partition("[")[0], object)):
                 raise ValueError(f"{name} is {type(value).__name__}")
+        if wrong := [name for name in ("id", "task", "method") if not re.fullmatch(r"\w[\w.-]*", content[name])]:
+            raise ValueError(f"{wrong[0]} is no name: {content[wrong[0]]!r}")  # files are named by it
         try:
-            parts = {"primary": Primary(**content["primary"]), "sizes": Sizes(**content["sizes"])}
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-        return cls(**{**content, **parts})
+            primary, sizes = Primary(**content["primary"]), Sizes(**content["sizes"])
+            _check_nested(content, primary, sizes)
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        return cls(**{**content, "primary": primary, "sizes": sizes})
+
+
+def _check_nested(content: Mapping[str, Any], primary: Primary, sizes: Sizes) -> None:
+    """Fail on numbers that are none, and on what readers need and is not there."""
+    numbers = [primary.value, *vars(sizes).values()]
+    numbers += [
+        value for part in (*content["metrics"].values(), *content["stages"].values()) for value in part.values()
+    ]
+    numbers += [count for counts in content["widths"].values() for count in counts]
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        raise ValueError("a number is none")
+    if not {"smoke", "seed", "init_from", "task", "train", "quant", "trainer"} <= content["config"].keys():
+        raise ValueError("config lacks a part")
+    content["environment"]["dirty"], content["metrics"]["test"][primary.name]
 
 
 _KINDS: dict[str, Any] = {

@@ -15,63 +15,87 @@ from bitfront.cells.check import check_choice, check_type, closest
 from bitfront.cells.compose import Config
 from bitfront.errors import ArtifactError, BitfrontError
 
+OF_TRAINING = ("batch_size",)  # of which the digits of a metric depend
 
-def recorded(about: Mapping[str, Any], where: str) -> Config:
+
+def recorded(about: Any, where: str, words: Sequence[str] = ()) -> Config:
     """The configuration of the task that a file is for.
 
     Args:
         about: as the file has it: ``task``, a name; ``config`` with ``task`` and ``train``, values by key; ``smoke``.
         where: the file, for messages.
+        words: ``task.<key>=<value>``, for keys that are to differ from the file's.
 
     Raises:
-        ArtifactError: there is no such task or key, or a value is of another type or names a place.
+        ArtifactError: there is no such task or key, or a value of the file is of another type or names a place.
+        BitfrontError: a word does not fit.
     """
+    about = about if isinstance(about, Mapping) else {}
     task, smoke, values = about.get("task"), about.get("smoke", False), about.get("config", {})
     if not isinstance(task, str) or not isinstance(smoke, bool) or not isinstance(values, Mapping):
         raise ArtifactError(f"'{where}' does not name a task of ours; give task=<name> if it is of one")
     try:
         check_choice("task", task)
         config = compose.load([f"task={task}", f"quant={compose.default('quant')}", f"smoke={str(smoke).lower()}"])
-        for group in ("task", "train"):
-            config.values[group] |= _checked(group, values.get(group, {}), config.values[group])
     except BitfrontError as error:
         raise ArtifactError(f"'{where}' is not of a run of ours: {error}") from None
+    ours = config.values["task"]
+    typed = _typed(words, ours)
+    training = {key: config.values["train"][key] for key in OF_TRAINING}
+    try:
+        told = _mapping("task", values.get("task", {}))
+        ours |= _checked("task", {key: value for key, value in told.items() if key not in typed}, ours)
+        config.values["train"] |= _checked("train", _mapping("train", values.get("train", {})), training)
+    except BitfrontError as error:
+        raise ArtifactError(f"'{where}' is not of a run of ours: {error}") from None
+    ours |= typed
     return config
 
 
-def otherwise(config: Config, words: Sequence[str]) -> None:
-    """Set keys of the task that are to differ from the file's: words like ``task.beam=50``.
-
-    Raises:
-        BitfrontError: an unknown key, or a value of another type.
-    """
-    known = config.values["task"]
+def _typed(words: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of words."""
+    found = {}
     for word in words:
         path, _, text = word.partition("=")
         key = path.removeprefix("task.")
         if key not in known:
             raise BitfrontError(f"the task has no key '{key}'; {closest(key, list(known))}keys: {', '.join(known)}")
         try:
-            value = yaml.safe_load(text)
+            found[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise BitfrontError(f"'{word}' is no value") from None
-        check_type(path, known[key], value)
-        known[key] = value
+        check_type(path, known[key], found[key])
+    return found
 
 
-def _checked(prefix: str, values: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise BitfrontError(f"its {prefix} is no mapping")
+def _checked(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, all of them of keys, types and kinds that ours have."""
     for key, value in values.items():
         path = f"{prefix}.{key}"
         if key not in known:
             raise BitfrontError(f"it sets {path!r}, which there is not")
         if isinstance(known[key], dict):
-            if not (isinstance(value, Mapping) and all(type(v) in (bool, int, float) for v in value.values())):
-                raise BitfrontError(f"{path} takes numbers by name")
-        elif value != known[key]:
+            _checked(path, _mapping(path, value), known[key])
+        elif known[key] is None:  # a file of the user's
+            _refuse_place(path, value)
+        else:
             check_type(path, known[key], value)
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and re.search(r"[/\\:]|^[.~]", text):
-                    raise BitfrontError(f"it names a place for {path}: {text!r}; give {path}=<place> yourself")
+            elements = value if isinstance(value, list) else [value]
+            kind = type(known[key][0]) if isinstance(known[key], list) and known[key] else (str, int, float)
+            for element in elements:
+                if isinstance(value, list) and (isinstance(element, bool) or not isinstance(element, kind)):
+                    raise BitfrontError(f"{path} takes no {element!r}")
+                if isinstance(element, str) and value != known[key] and re.search(r"[/\\:]|^[.~]", element):
+                    _refuse_place(path, element)
     return dict(values)
+
+
+def _mapping(path: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BitfrontError(f"its {path} is no mapping")
+    return value
+
+
+def _refuse_place(path: str, value: Any) -> None:
+    if value is not None:
+        raise BitfrontError(f"it names a place for {path}: {value!r}; give {path}=<place> yourself")

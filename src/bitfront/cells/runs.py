@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from bitfront.cells.record import FILE, Record, read, text_of
 from bitfront.errors import BitfrontError, BusyError
 
+PROBE = 0.3  # seconds: who only looks whether a directory is held holds it for an instant
 JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
 
 
@@ -72,10 +73,10 @@ class Run:
             BusyError: another process holds it and ``wait`` is false.
             BitfrontError: it cannot be written.
         """
-        lock = FileLock(self.lock)
+        lock = FileLock(self.lock, fallback_to_soft=False)  # which a dead process would leave behind
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=-1 if wait else PROBE)
         except Timeout:
             raise BusyError(
                 f"this cell is running already ({self._owner() or 'elsewhere'}, '{self.path}'); wait for it"
@@ -94,10 +95,12 @@ class Run:
         if not self.lock.is_file():
             return False
         try:
-            with FileLock(self.lock, timeout=0):
+            with FileLock(self.lock, timeout=PROBE, fallback_to_soft=False):
                 return False
         except Timeout:
             return not job or self._owner().endswith(f", job {job}")
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def finish(self, record: Record) -> None:
         """Write the record of a finished run.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfront.cells.record import FILE, Record, read
-from bitfront.cells.recorded import otherwise, recorded
+from bitfront.cells.recorded import recorded
 from bitfront.commands.options import options
 from bitfront.commands.options import usage as usage_of
 from bitfront.console import CONSOLE
-from bitfront.errors import BitfrontError
+from bitfront.errors import ArtifactError, BitfrontError
 
 
 @dataclass
@@ -75,14 +75,20 @@ def evaluate(
         raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
     import torch
 
-    from bitfront.cells import flow, training
+    from bitfront.cells import flow, trainer
     from bitfront.quant.artifact import Artifact
 
     about = Artifact.load(artifact).about
-    config = recorded(about | ({"task": task} if task else {}), str(artifact))
-    otherwise(config, changes)
+    config = recorded(about | {"task": task} if task else about, str(artifact), changes)
     config.values["data_root"] = data_root
-    return flow.evaluate(flow.build_task(config), artifact, torch.device(training.accelerator(accelerator)))
+    try:
+        problem = flow.build_task(config)
+        problem.model()
+    except BitfrontError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"no network comes of what '{artifact}' says of its task ({error})") from None
+    return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)))
 
 
 def compared(metrics: Mapping[str, Mapping[str, float]], record: Record) -> str:

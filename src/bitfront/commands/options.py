@@ -38,7 +38,10 @@ def options(schema: type[T], words: Iterable[str]) -> T:
             chosen[key] = text
         except OmegaConfBaseException:
             raise BitfrontError(f"{key} takes {TYPES[kind]}, got '{text}'") from None
-    return OmegaConf.to_object(chosen)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_object(chosen)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise BitfrontError(str(error).splitlines()[0]) from None
 
 
 def folder(words: list[str]) -> tuple[Path, list[str]]:

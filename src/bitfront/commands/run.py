@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
@@ -21,31 +18,31 @@ RECIPE = "recipe"
 
 
 def main(words: list[str]) -> None:
-    """Check the command line, then run what it asks for."""
-    words, flags = _parted(words)
-    if folder := flags.pop("--config-dir", ""):
-        os.environ[compose.OWN] = str(_own(folder))
-    asked, swept = flags.pop("--cfg", ""), flags.pop("-m", None) is not None
-    if flags:
-        raise BitfrontError(f"there is no {next(iter(flags))}; flags: -m, --cfg job, --config-dir <folder>, --help")
+    """Check the command line, then run what it asks for.
+
+    Raises:
+        BitfrontError: with what the user can do.
+    """
+    words, swept, asked = _parted(words)
     lines = _lines(words)
     for line in lines:
         check(line)
     several = swept or any(word.partition("=")[0] in (*compose.SWEEP, RECIPE) for word in words)
     if asked and several:
         raise BitfrontError("a sweep takes no --cfg; leave it, or -m, out")
-    if asked:
-        CONSOLE.print(yaml.safe_dump(Cell(words).config.values, sort_keys=False, allow_unicode=True).rstrip())
-    elif several:
+    if several:
         _sweep(lines, words)
+        return
+    for override in compose.parse(words):
+        if override.is_sweep_override():
+            raise BitfrontError(f"'{override.input_line}' has several values; add -m for a sweep")
+        if compose.names(override.key_or_group, "hydra"):
+            raise BitfrontError("hydra.* are options of a sweep's cluster=; add -m")
+    cell = Cell(words)
+    if asked:
+        CONSOLE.print(yaml.safe_dump(cell.config.values, sort_keys=False, allow_unicode=True).rstrip())
     else:
-        _single(words)
-
-
-def _single(words: list[str]) -> None:
-    if any(compose.names(word, "hydra") for word in words):
-        raise BitfrontError("hydra.* are options of a sweep's cluster=; add -m")
-    Cell(words).execute()
+        cell.execute()
 
 
 def _sweep(lines: list[list[str]], words: Sequence[str]) -> None:
@@ -75,19 +72,18 @@ def _sweep(lines: list[list[str]], words: Sequence[str]) -> None:
         )
 
 
-def _parted(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Words that set options, and flags with their values."""
-    flags: dict[str, str] = {}
-    plain: list[str] = []
-    for before, word in itertools.pairwise(["", *words]):
-        if before in ("--cfg", "--config-dir"):
-            flags[before] = word
-        elif word.startswith("-"):
-            name, _, value = word.partition("=")
-            flags["-m" if name == "--multirun" else name] = value
-        else:
-            plain.append(word)
-    return plain, flags
+def _parted(words: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """Words that set options; whether they are a sweep, by ``-m``; whether only to show the cell, by ``--cfg job``."""
+    plain = [word for word in words if word not in ("-m", "--multirun")]
+    asked = "--cfg" in plain
+    if asked:
+        at = plain.index("--cfg")
+        if plain[at + 1 : at + 2] != ["job"]:
+            raise BitfrontError("--cfg takes one word: --cfg job")
+        del plain[at : at + 2]
+    if flags := [word for word in plain if word.startswith("-")]:
+        raise BitfrontError(f"there is no {flags[0]}; flags: -m, --cfg job, --config-dir <folder>, --help")
+    return plain, len(plain) + 2 * asked < len(words), asked
 
 
 def _lines(words: list[str]) -> list[list[str]]:
@@ -98,10 +94,3 @@ def _lines(words: list[str]) -> list[list[str]]:
     from bitfront.sweeps.recipes import lines
 
     return [[*line, *(word for word in words if not compose.names(word, RECIPE))] for line in lines(recipe[-1])]
-
-
-def _own(folder: str) -> Path:
-    path = Path(folder).resolve()
-    if not any((path / group).is_dir() for group in compose.CELL):
-        raise BitfrontError(f"--config-dir={folder}: no folder with task/ or quant/ in it")
-    return path

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bitfront.data.repitch import repitch
 from bitfront.errors import BitfrontError
+from bitfront.shipped import module
 
 MIXTURE = "mixture"
 ORIGINS = {
-    "musdb18hq": "zenodo.org/records/3338373, or by `python -m src.fetch musdb18hq`",
+    "musdb18hq": f"zenodo.org/records/3338373, or by `{module('fetch')} musdb18hq`",
     "mir1k": "MIR-1K (C.-L. Hsu and J.-S. R. Jang), brought into this layout",
 }
 REMIXED = 4  # samples between which sources are swapped

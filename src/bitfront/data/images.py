@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import BitfrontError
+from bitfront.shipped import module
 
 VALID_SHARE, TEST_SHARE = 0.1, 0.2  # of the digits; of a training folder, VALID_SHARE
 
@@ -83,7 +84,7 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
     except FileNotFoundError:
         raise BitfrontError(
             f"no images in '{root}': expected {root}/train/<class>/<image> and {root}/test/<class>/<image>; "
-            "unpack the data set there (`python -m src.fetch` has CIFAR), or give its parent folder with "
+            f"unpack the data set there (`{module('fetch')}` has CIFAR), or give its parent folder with "
             "data_root=<folder>"
         ) from None
     names = folders["train"].classes

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from bitfront.data.speech import InMemory, Source, encode
 from bitfront.errors import BitfrontError
+from bitfront.shipped import module
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PARTS = {"test": range(5), "valid": range(5, 10), "train": range(10, 50)}  # recordings of each digit and speaker
 STRINGS = {"train": 2000, "valid": 200, "test": 300}  # per epoch
 DIGIT_RATE = 8000
-LIBRISPEECH = "openslr.org/12, or by `python -m src.fetch librispeech`"
+LIBRISPEECH = f"openslr.org/12, or by `{module('fetch')} librispeech`"
 
 
 def read(path: Path, rate: int) -> Tensor:

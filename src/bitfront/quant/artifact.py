@@ -112,7 +112,10 @@ class Artifact:
             if header["crc32"] != _checksum(tensors):
                 raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
             packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
-            return cls(packed, tensors, header["tied"], header["about"])
+            tied, about = dict(header["tied"]), dict(header["about"])
+            if not {*tied.values()} <= packed.keys() | tensors.keys():
+                raise ValueError("a tied name without its tensor")
+            return cls(packed, tensors, tied, about)
         except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"'{path}' is damaged (header: {error!r}); copy it again or rerun the cell") from None
 

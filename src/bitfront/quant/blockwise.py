@@ -105,12 +105,7 @@ class Tuning:
             if epoch - best > method.patience:
                 break
             for n in torch.randperm(len(train), generator=generator).tolist():
-                optimizer.zero_grad()
-                loss = self._error(inputs[train[n]], targets[train[n]], self._weights(), scales)
-                if not torch.isfinite(loss):
-                    raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
-                loss.backward()
-                optimizer.step()
+                self._step(optimizer, inputs[train[n]], targets[train[n]], scales)
             losses.append(held_out())
             if losses[-1] < losses[best]:
                 best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._norms())
@@ -118,6 +113,14 @@ class Tuning:
         for name, p in norms.items():
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
+
+    def _step(self, optimizer: torch.optim.Optimizer, captured: Captured, target: Any, scales: list[float]) -> None:
+        optimizer.zero_grad()
+        loss = self._error(captured, target, self._weights(), scales)
+        if not torch.isfinite(loss):
+            raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
+        loss.backward()
+        optimizer.step()
 
     def _scales(self, inputs: Sequence[Captured], targets: Sequence[Any]) -> list[float]:
         """By which the error of each output counts: one over its mean power."""

@@ -39,7 +39,7 @@ def lines(name: str) -> list[list[str]]:
     path = Path(name) if name.endswith(".yaml") else shipped("recipes") / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text())
-        shared = [f"task={content['task']}", *shlex.split(content.get("shared", ""))]
+        shared = [f"task={content['task']}", *shlex.split(content.get("shared") or "")]
         return [[*shared, *shlex.split(line)] for line in content["lines"].splitlines() if line.strip()]
     except FileNotFoundError:
         known = recipes()

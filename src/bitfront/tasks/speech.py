@@ -74,7 +74,7 @@ class Speech(Task):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise BitfrontError(f"there is no task.{name}={getattr(self, name)}; choices: {', '.join(choices)}")
-        if self.dim % self.heads or self.kernel % 2 == 0:
+        if self.heads < 1 or self.dim % self.heads or self.kernel % 2 == 0:
             raise BitfrontError("task.heads must divide task.dim, and task.kernel be odd")
         if self.pretrained and (self.network, self.rate) != ("wav2vec2", 16000):
             raise BitfrontError("task.pretrained=true is for task.network=wav2vec2 and task.rate=16000")

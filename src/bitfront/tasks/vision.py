@@ -95,7 +95,7 @@ class Vision(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim % self.heads or self.image_size % self.patch_size:
+        if min(self.heads, self.patch_size) < 1 or self.dim % self.heads or self.image_size % self.patch_size:
             raise BitfrontError("task.heads must divide task.dim, and task.patch_size task.image_size")
 
     def model(self) -> nn.Module:
@@ -180,7 +180,8 @@ class ImageNet(KnownNetwork):
         import torchvision
 
         names = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
-        return [*super().networks(), *(f"{library}.{name}" for library, known in names.items() for name in known)]
+        small = super().networks() if self.data == "generated" else []  # others than the library's of that name
+        return [*small, *(f"{library}.{name}" for library, known in names.items() for name in known)]
 
     def model(self) -> nn.Module:
         return super().model() if self.network in NETWORKS else self._built(False)

@@ -1,0 +1,139 @@
+"""Lightning's Trainer around a training: devices, precision, progress, and what can go wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tqdm import tqdm
+
+from bitfront.cells.training import Training
+from bitfront.errors import BitfrontError
+
+
+class Progress(pl.Callback):
+    """One bar over the whole training with the last epoch's numbers; in a log file, a line every half minute."""
+
+    def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
+        parts = trainer.accumulate_grad_batches
+        self.bar = tqdm(
+            total=int(trainer.estimated_stepping_batches) * parts,
+            initial=trainer.global_step * parts,
+            disable=not trainer.is_global_zero,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            unit="step",
+            leave=False,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, training: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(training, Training)
+        if training.history:
+            last, primary = training.history[-1], training.task.primary[0]
+            numbers = f"{primary} {last[f'valid/{primary}']:.4g}, {last['size_mb']:.3f} MB"
+            self.bar.set_postfix_str(f"epoch {last['epoch']:.0f}: {numbers}", refresh=False)
+        self.bar.update()
+
+    def teardown(self, trainer: pl.Trainer, training: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def quiet() -> None:
+    """Keep Lightning's banners and advertisements out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.handlers.clear()
+    warnings.filterwarnings("ignore", module=r"lightning.*")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+
+
+def accelerator(wanted: str) -> str:
+    """Resolve "auto", and refuse a device that is not there.
+
+    Raises:
+        BitfrontError: no such device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "mps": torch.backends.mps.is_available()}
+    there["gpu"] = there["cuda"] = torch.cuda.is_available()
+    if not there.get(wanted, False):
+        usable = ", ".join(name for name, available in there.items() if available)
+        raise BitfrontError(f"trainer.accelerator={wanted} is not available here; available: auto, {usable}")
+    return "cuda" if wanted == "gpu" else wanted
+
+
+def check_trainer(trainer: dict[str, Any], device: torch.device) -> None:
+    """Refuse values of the trainer that do not fit, and a precision that this device would take for another one.
+
+    Raises:
+        BitfrontError: with one that it has.
+    """
+    for name in ("devices", "accumulate_grad_batches"):
+        if trainer[name] < 1:
+            raise BitfrontError(f"trainer.{name} is positive, got {trainer[name]}")
+    if trainer["precision"] == "16-mixed" and device.type != "cuda":
+        raise BitfrontError("trainer.precision=16-mixed is for GPUs; choose bf16-mixed or 32-true here")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that is cut off, holds more than data, or is of something else.
+
+    Raises:
+        BitfrontError: with what to do.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        whole = {"bitfront", "state_dict", "optimizer_states", "pytorch-lightning_version"} <= content.keys()
+    except (OSError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+        whole = False
+    if not whole:
+        raise BitfrontError(f"'{path}' is damaged; delete it and run again, training then starts over")
+
+
+def fit(training: Training, trainer: dict[str, Any]) -> None:
+    """Train to the end of the recipe, from the checkpoint if there is one.
+
+    Args:
+        training: holds the model, which is trained in place, and the history.
+        trainer: ``accelerator``, ``devices``, ``precision`` and ``accumulate_grad_batches`` of the configuration.
+
+    Raises:
+        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or that
+            is damaged.
+    """
+    quiet()
+    checkpoint = training.checkpoint if training.checkpoint.is_file() else None
+    if checkpoint:
+        check_checkpoint(checkpoint)
+    # Other processes wait while the first one measures, which may take hours.
+    several = trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
+    runner = pl.Trainer(
+        **trainer | {"accelerator": accelerator(trainer["accelerator"])},
+        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
+        max_epochs=training.recipe.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[Progress()],
+    )
+    try:
+        runner.fit(training, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # which would end the process as if all were well
+        raise KeyboardInterrupt from None
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({error}); lower train.batch_size") from None
