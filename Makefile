@@ -19,7 +19,7 @@ demo: .venv/installed  ## Train and compress a vision transformer on bundled dat
 
 test: .venv/installed  ## Lint and run the test suite (under 7 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/installed  ## Run every method on tiny data in seconds
 	rm -rf runs-smoke

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("floats")
     assert cli("run", "task=vit", "smoke=true", "trainer.accelerator=cpu", f"root={root}").returncode == 0
     return root
+
+
+@pytest.fixture
+def root(floats: Path, tmp_path: Path) -> Path:
+    """Runs with the float network that others start from."""
+    shutil.copytree(floats / "vit", tmp_path / "vit")
+    return tmp_path
+
+
+def written(root: Path) -> dict[str, int]:
+    """When each run's record was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.rglob("record.json")}
 
 
 def wandb_run(directory: Path) -> dict[str, Any]:

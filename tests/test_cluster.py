@@ -10,25 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, cli, command
+from conftest import REPOSITORY, cli, command, written
 
 from bitfront.cells.cell import Cell
 from bitfront.cells.record import read_all
 from bitfront.cells.runs import Run
 
 SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disabled")
-
-
-@pytest.fixture
-def root(floats: Path, tmp_path: Path) -> Path:
-    """Runs with the float network that others start from."""
-    shutil.copytree(floats / "vit", tmp_path / "vit")
-    return tmp_path
-
-
-def written(root: Path) -> dict[str, int]:
-    """When each run's record was written."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in root.rglob("record.json")}
 
 
 def test_a_start_is_trained_once_and_what_it_fails_with_fails_its_cells(tmp_path: Path) -> None:

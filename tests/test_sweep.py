@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, cli
+from conftest import REPOSITORY, cli, written
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -28,18 +28,6 @@ from bitfront.sweeps.grid import grid
 from bitfront.sweeps.sweep import Attempt, Sweep
 
 SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disabled")
-
-
-@pytest.fixture
-def root(floats: Path, tmp_path: Path) -> Path:
-    """Runs with the float network that others start from."""
-    shutil.copytree(floats / "vit", tmp_path / "vit")
-    return tmp_path
-
-
-def written(root: Path) -> dict[str, int]:
-    """When each run's record was written."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in root.rglob("record.json")}
 
 
 def test_what_failed_is_listed_with_its_command_and_only_that_is_run_again(root: Path) -> None:
