@@ -47,6 +47,15 @@ def test_every_method_quantizes_the_same_tensors_and_is_calibrated_on_as_much(ta
         assert len({str([cell[key] for key in keys]) for cell in cells if keys[0] in cell}) == 1
 
 
+@pytest.mark.parametrize("task", compose.options("task"))
+def test_every_task_takes_all_options_of_the_training(task: str) -> None:
+    words = ["train.clip=1.0", "train.ema=0.9", "train.keep=best", "train.max_size=1.0", "train.workers=1"]
+    words = [f"task={task}", *words, "train.repeats=2", "train.optim=sgd", "train.schedule=constant"]
+    check(words)
+    recipe = build_task(compose.load(words)).recipe
+    assert all(str(getattr(recipe, key)) == value for key, value in (w[6:].split("=") for w in words[1:]))
+
+
 def test_layers_of_a_cell() -> None:
     """What comes later in ``compose`` overrides what comes before."""
 

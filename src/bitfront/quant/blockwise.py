@@ -94,10 +94,8 @@ class Tuning:
         optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
 
-        @torch.no_grad()
         def held_out() -> float:
-            weights = self._stored()
-            return sum(self._error(inputs[n], targets[n], weights, scales).item() for n in test) / len(test)
+            return self._measured([inputs[n] for n in test], [targets[n] for n in test], scales)
 
         losses, best = [held_out()], 0
         kept = self.packed, self._norms()
@@ -121,6 +119,12 @@ class Tuning:
             raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
         loss.backward()
         optimizer.step()
+
+    @torch.no_grad()
+    def _measured(self, inputs: Sequence[Captured], targets: Sequence[Any], scales: list[float]) -> float:
+        """The mean error with the values as they will be stored."""
+        weights, pairs = self._stored(), list(zip(inputs, targets, strict=True))
+        return sum(self._error(captured, target, weights, scales).item() for captured, target in pairs) / len(pairs)
 
     def _scales(self, inputs: Sequence[Captured], targets: Sequence[Any]) -> list[float]:
         """By which the error of each output counts: one over its mean power."""
