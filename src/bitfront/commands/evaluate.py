@@ -8,6 +8,7 @@ python -m src.evaluate artifact=<file> task=vit                                 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ def evaluate(
     about = Artifact.load(artifact).about
     config = recorded(about | {"task": task} if task else about, str(artifact), changes)
     config.values["data_root"] = data_root
+    training = config.values["train"]  # whose loaders may be for a larger machine
+    training["workers"] = min(training["workers"], os.cpu_count() or 1)
     try:
         problem = flow.build_task(config)
         problem.model()
