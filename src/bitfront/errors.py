@@ -15,3 +15,8 @@ class ArtifactError(BitfrontError):
 
 class BusyError(BitfrontError):
     """Another process runs this cell."""
+
+
+def first_line(error: Exception) -> str:
+    """Of a library's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitfront.cells.identity import calibrated
-from bitfront.errors import BitfrontError
+from bitfront.errors import BitfrontError, first_line
 from bitfront.shipped import module, shipped
 
 CONF = shipped("conf")
@@ -121,7 +121,7 @@ def load(words: Sequence[str]) -> Config:
         found = _layered(base, method, {key: o.value() for key, o in typed.items()})
         plain = OmegaConf.to_container(found, resolve=True)
     except OmegaConfBaseException as error:
-        raise BitfrontError(f"task={task} quant={method} cannot be resolved: {_first_line(error)}") from None
+        raise BitfrontError(f"task={task} quant={method} cannot be resolved: {first_line(error)}") from None
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items() if key not in (*BLOCKS, *SWEEP)}
     for group, name in zip(CELL, (task, method), strict=True):
@@ -251,7 +251,3 @@ def _by_knob(base: DictConfig, key: str) -> str:
     raw: Any = OmegaConf.to_container(base[group], resolve=False) if group in CELL else {}
     knob = re.fullmatch(r"\$\{(\w+)\}", str(raw.get(name)))
     return knob[1] if knob else key
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -84,9 +84,9 @@ class Head:
         """The command line that makes the run again."""
         return command(self.overrides)
 
-    def identity(self, **values: Any) -> str:
-        """The id by what the record says, with other values for some keys of its configuration."""
-        return identity(self.task, self.method, self.config | values, self.init_sha256)
+    def identity(self) -> str:
+        """The id by what the record says."""
+        return identity(self.task, self.method, self.config, self.init_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,24 +188,13 @@ _KINDS: dict[str, Any] = {
 
 def read(path: Path) -> Record | None:
     """A finished record, or None if the file is missing, cut off or no such record."""
-    content = content_of(path)
-    if content is None or content.pop("status") != "finished":
-        return None
-    try:
-        return Record.of(content)
-    except ValueError:
-        return None
-
-
-def content_of(path: Path) -> dict[str, Any] | None:
-    """What a record's file says, finished or failed, without its schema; None if it is none."""
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            return None
+        return Record.of(content) if content.pop("status", None) == "finished" else None
     except (OSError, ValueError):
         return None
-    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA or "status" not in content:
-        return None
-    return content
 
 
 def read_all(root: Path) -> list[Record]:

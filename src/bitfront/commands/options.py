@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitfront.cells.check import TYPES, closest
-from bitfront.errors import BitfrontError
+from bitfront.errors import BitfrontError, first_line
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def options(schema: type[T], words: Iterable[str]) -> T:
     try:
         return OmegaConf.to_object(chosen)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise BitfrontError(str(error).splitlines()[0]) from None
+        raise BitfrontError(first_line(error)) from None
 
 
 def folder(words: list[str]) -> tuple[Path, list[str]]:

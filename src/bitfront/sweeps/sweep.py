@@ -33,9 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 from bitfront.cells import compose
 from bitfront.cells.cell import Cell
 from bitfront.console import CONSOLE
-from bitfront.errors import BitfrontError
+from bitfront.errors import BitfrontError, first_line
 from bitfront.shipped import module
-from bitfront.sweeps.workers import PARENT, WORKERS, first_line, job
+from bitfront.sweeps.workers import PARENT, WORKERS, job
 
 
 @dataclass

@@ -22,7 +22,7 @@ from bitfront.cells.cell import Cell
 from bitfront.cells.identity import trains
 from bitfront.cells.runs import JOB
 from bitfront.console import ERRORS
-from bitfront.errors import BitfrontError, BusyError
+from bitfront.errors import BitfrontError, BusyError, first_line
 
 PARENT, WORKERS = "BITFRONT_SWEEP", "BITFRONT_WORKERS"
 
@@ -54,7 +54,7 @@ def own_number(place: Path) -> int:
         place: folder of locks, which processes hold as long as they live.
     """
     for number in itertools.count():
-        lock = FileLock(place / str(number), timeout=0)
+        lock = FileLock(place / str(number), timeout=0, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout:
@@ -62,11 +62,6 @@ def own_number(place: Path) -> int:
         _HELD.append(lock)
         return number
     raise AssertionError
-
-
-def first_line(error: Exception) -> str:
-    """Of its message, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _HELD: list[FileLock] = []
