@@ -58,7 +58,7 @@ wandb-dashboard: .venv/installed  ## Make views of runs/ in Weights & Biases; AR
 
 lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard pyproject.toml -o requirements.lock
+		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard --extra hf pyproject.toml -o requirements.lock
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

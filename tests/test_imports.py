@@ -22,13 +22,14 @@ MAY = {  # what each floor may import, besides itself
     "models": {"errors"},
     "data": {"errors", "shipped"},
     "tasks": {"data", "models", "errors", "processes"},
-    "cells": {"tasks", "quant", *BASE},
+    "cells": {"tasks", "quant", "data", *BASE},
     "sweeps": {"cells", *BASE},
     "reports": {"cells", *BASE},
     "commands": {"sweeps", "reports", "cells", "tasks", "quant", "data", *BASE},
     "run": {"commands"},
     "__main__": {"commands", *BASE},
-    "": {"quant", "errors"},  # the library
+    "library": {"quant", "errors"},
+    "": {"library", "quant", "errors"},
 }
 
 

@@ -13,12 +13,12 @@ from conftest import REPOSITORY, ConvNet, TiedGPT
 from torch import nn
 
 from bitfront.cells.check import check
-from bitfront.cells.training import Chain
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.diffq import DiffQ, DiffQQuantizer
 from bitfront.quant.lsq import LSQ
 from bitfront.quant.model import eligible
+from bitfront.quant.optimizer import Joint
 from bitfront.quant.rtn import RTN
 from bitfront.quant.ste import STE
 
@@ -252,15 +252,20 @@ def test_b16_quantization_aware_training_is_aware() -> None:
     assert model.weights()["weight"].requires_grad
 
 
-def test_b17_widths_are_in_the_optimizer_that_the_trainer_sees() -> None:
-    """Their gradients escape unscaling, because they live in an optimizer of their own."""
+def test_b17_gradients_of_widths_are_unscaled() -> None:
+    """Their gradients escape unscaling, because they live in an optimizer of their own. Ours take the factor out."""
     weights, logits = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3))
-    chain = Chain([torch.optim.SGD([weights], 0.1), torch.optim.Adam([logits], 0.01)])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    both = torch.optim.SGD([weights], 0.1), torch.optim.Adam([logits], 0.01)
+    chain = Joint(*both, lambda: None, scaler)
     scaler.scale(weights.sum() + logits.sum()).backward()
     scaler.step(chain)
     assert logits.grad is not None and logits.grad.tolist() == [1.0, 1.0, 1.0]
     assert weights.tolist() == pytest.approx([0.9, 0.9]) and logits.tolist() == pytest.approx([-0.01] * 3)
+    scaler.update()
+    scaler.scale(weights.sum() + (logits * torch.tensor([1.0, float("inf"), 1.0])).sum()).backward()
+    scaler.step(chain)  # an overflow, which the scaler does not see
+    assert logits.tolist() == pytest.approx([-0.01] * 3)
 
 
 def test_b18_nothing_has_to_be_compiled() -> None:

@@ -20,7 +20,6 @@ from bitfront.cells import compose
 from bitfront.cells.check import check
 from bitfront.cells.compose import Config
 from bitfront.cells.flow import build_method, build_task
-from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import Float, Method
 from bitfront.quant.ste import STE
 from bitfront.sweeps.recipes import lines, recipes
@@ -105,9 +104,7 @@ def test_settings_of_layers_and_groups_fit_the_networks_at_full_size() -> None:
     for line in special:
         for words in cells(line):
             network, method = full_size(compose.load(words))
-            weights = method.eligible(network)  # refuses names that it does not have
-            if isinstance(method, PostTraining):
-                method.check_shapes({name: w.shape for name, w in weights.items()})
+            method.eligible(network)  # refuses names that it does not have
     assert len(special) >= 5
 
 

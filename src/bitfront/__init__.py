@@ -1,4 +1,4 @@
-"""Low-bit weight quantization of any PyTorch module: methods, calibration, packed files.
+"""Low-bit weight quantization of any PyTorch module: ``quantize`` after training, ``prepare`` for it, ``load`` a file.
 
 torch is imported with the first name that needs it.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitfront.errors import ArtifactError, BitfrontError
+    from bitfront.library import load, prepare, quantize
     from bitfront.quant.artifact import Artifact
     from bitfront.quant.calibration import PostTraining
     from bitfront.quant.core import Float, Method, Trained
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from bitfront.quant.lsq import LSQ
     from bitfront.quant.model import QuantizedModel, Quantizer
     from bitfront.quant.packed import Packed
+    from bitfront.quant.parametrized import resolve
     from bitfront.quant.plan import Calibration
     from bitfront.quant.rtn import RTN
     from bitfront.quant.ste import STE
 
 _HOMES = {
     "errors": ("ArtifactError", "BitfrontError"),
+    "library": ("load", "prepare", "quantize"),
     "quant.artifact": ("Artifact",),
     "quant.calibration": ("PostTraining",),
     "quant.core": ("Float", "Method", "Trained"),
@@ -34,6 +37,7 @@ _HOMES = {
     "quant.lsq": ("LSQ",),
     "quant.model": ("QuantizedModel", "Quantizer"),
     "quant.packed": ("Packed",),
+    "quant.parametrized": ("resolve",),
     "quant.plan": ("Calibration",),
     "quant.rtn": ("RTN",),
     "quant.ste": ("STE",),
@@ -56,6 +60,10 @@ __all__ = [
     "QuantizedModel",
     "Quantizer",
     "Trained",
+    "load",
+    "prepare",
+    "quantize",
+    "resolve",
 ]
 
 

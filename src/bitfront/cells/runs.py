@@ -57,7 +57,7 @@ class Run:
         """After what an interrupted run would go on; empty if there is nothing of it."""
         if self.checkpoint.is_file():
             return "its last finished epoch"
-        blocks = len(list(self.blocks.glob("[0-9]*.pt")))
+        blocks = len(list(self.blocks.glob("*/[0-9]*.pt")))
         return f"block {blocks}" if self.blocks.is_dir() else ""
 
     def clean(self) -> None:

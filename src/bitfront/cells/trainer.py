@@ -123,6 +123,7 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
         strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
         max_epochs=training.recipe.epochs,
+        gradient_clip_val=training.recipe.clip or None,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

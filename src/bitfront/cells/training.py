@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,32 +21,6 @@ from bitfront.processes import rank
 from bitfront.quant.core import Method
 from bitfront.quant.model import QuantizedModel
 from bitfront.tasks.core import Task
-
-
-class Chain(Optimizer):
-    """Several optimizers stepped as one, so that weights and widths can have their own kind.
-
-    Args:
-        optimizers: over disjoint parameters.
-    """
-
-    def __init__(self, optimizers: list[Optimizer]) -> None:
-        self.optimizers = optimizers
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 class Training(pl.LightningModule):
@@ -87,17 +59,13 @@ class Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         own = list(self.model.quantizers.parameters())
-        extra = self.method.optimizer(own) if own else None
-        parameters = [*self.model.network.parameters(), *([] if extra else own)]
-        self.main = self.recipe.optimizer(parameters, self.task.decays)
-        chain = Chain([self.main, *([extra] if extra else [])])
-        steps = self.trainer.estimated_stepping_batches
-        schedules = [lambda step: self.recipe.lr_factor(step, int(steps))] * len(self.main.param_groups)
-        constant = [lambda step: 1.0] * (len(chain.param_groups) - len(self.main.param_groups))
-        return {
-            "optimizer": chain,
-            "lr_scheduler": {"scheduler": LambdaLR(chain, schedules + constant), "interval": "step"},
-        }
+        together = [] if self.method.optimizer(own) else own
+        main = self.recipe.optimizer([*self.model.network.parameters(), *together], self.task.decays)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = self.model.optimizer(main, scaler)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, lambda step: self.recipe.lr_factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Any:
         # Lightning sets the epoch, too, but on resuming only after it has started to iterate.
@@ -115,25 +83,8 @@ class Training(pl.LightningModule):
         loss = self.task.loss(self.model, batch)
         self.total += loss.detach()
         if self.method.penalty:
-            return loss + self.method.penalty / self.task.summed * self.model.megabytes()
+            return loss + self.model.penalty() / self.task.summed
         return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # A layer that this step left out (layer drop) has no say, and the penalty alone would narrow it.
-        if self.method.penalty and self.model.names:
-            parts = [(quantizer, w.grad) for _, quantizer, w in self.model.items()]
-            used = [self.total.new_zeros((), dtype=torch.bool) if g is None else g.any() for _, g in parts]
-            # All at once: the GPU is waited for once, not for each tensor.
-            for (quantizer, _), moved in zip(parts, torch.stack(used).tolist(), strict=True):
-                if not moved:
-                    for p in quantizer.parameters():
-                        p.grad = None
-
-    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        # Widths with an optimizer of their own neither count nor are clipped: the weights move as without them.
-        if self.recipe.clip:
-            parameters = [p for group in self.main.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.packed import Packed
+from bitfront.quant.parametrized import parametrized, resolve
 
-VERSION = 1
+VERSION = 2  # of files with groups of a row by themselves; those without are of version 1
 
 
 @dataclass
@@ -69,22 +70,26 @@ class Artifact:
         """Bytes of the stored tensors, without the file's header."""
         return sum(p.nbytes for p in self.packed.values()) + sum(t.numel() * t.itemsize for t in self.raw.values())
 
+    def to_bytes(self) -> bytes:
+        """The file."""
+        tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
+        tensors = {name: t.contiguous().clone() if t.dim() == 0 else t.contiguous() for name, t in tensors.items()}
+        header = {
+            "version": VERSION if any(packed.rows for packed in self.packed.values()) else 1,
+            "quantized": {name: packed.layout() for name, packed in self.packed.items()},
+            "tied": self.tied,
+            "crc32": _checksum(tensors),
+            "about": self.about,
+        }
+        return safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+
     def save(self, path: Path) -> int:
         """Write the file atomically; return its size in bytes.
 
         Raises:
             ArtifactError: the disk is full or the place is not writable; nothing is left behind.
         """
-        tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
-        tensors = {name: t.contiguous().clone() if t.dim() == 0 else t.contiguous() for name, t in tensors.items()}
-        header = {
-            "version": VERSION,
-            "quantized": {name: packed.layout() for name, packed in self.packed.items()},
-            "tied": self.tied,
-            "crc32": _checksum(tensors),
-            "about": self.about,
-        }
-        data = safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+        data = self.to_bytes()
         write_atomically(path, data)
         return len(data)
 
@@ -122,11 +127,15 @@ class Artifact:
     def load_into(self, network: nn.Module) -> None:
         """Write every tensor into a float network of the same architecture; exactly the same names.
 
+        Weights that it computes from others (weight norm), where the file has the composed ones, are resolved first.
+
         Raises:
             ArtifactError: names, shapes or types differ; the network is left as it was.
         """
         state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
         state |= {alias: state[name] for alias, name in self.tied.items()}
+        if parametrized(network) and not network.state_dict().keys() <= state.keys():
+            resolve(network)
         wanted = network.state_dict()
         problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
         problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError
+from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
@@ -31,19 +31,6 @@ class Recipe(Protocol):
     held_out: float
     patience: int
     block_lr: float
-
-
-@dataclass
-class Captured:
-    """The arguments of one call of a block, on the CPU, and which part of each sample is not padding."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    valid: Tensor | None
-
-    def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A copy of the arguments; blocks may change them in place."""
-        return tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
 
 
 def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -71,12 +58,14 @@ class Tuning:
         own = dict(norm_parameters(block))
         self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
 
-    def run(self, inputs: Sequence[Captured], targets: Sequence[Any], method: Recipe, seed: int) -> dict[str, Any]:
+    def run(
+        self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, seed: int
+    ) -> dict[str, Any]:
         """Tune.
 
         Args:
             inputs: of the block.
-            targets: what the float block made of each.
+            targets: what the float block made of each: its ``floats``.
             method: how long, how fast, and when to stop.
             seed: of the order.
 
@@ -112,7 +101,9 @@ class Tuning:
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
 
-    def _step(self, optimizer: torch.optim.Optimizer, captured: Captured, target: Any, scales: list[float]) -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, captured: Captured, target: list[Tensor], scales: list[float]
+    ) -> None:
         optimizer.zero_grad()
         loss = self._error(captured, target, self._weights(), scales)
         if not torch.isfinite(loss):
@@ -121,20 +112,22 @@ class Tuning:
         optimizer.step()
 
     @torch.no_grad()
-    def _measured(self, inputs: Sequence[Captured], targets: Sequence[Any], scales: list[float]) -> float:
+    def _measured(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], scales: list[float]) -> float:
         """The mean error with the values as they will be stored."""
         weights, pairs = self._stored(), list(zip(inputs, targets, strict=True))
         return sum(self._error(captured, target, weights, scales).item() for captured, target in pairs) / len(pairs)
 
-    def _scales(self, inputs: Sequence[Captured], targets: Sequence[Any]) -> list[float]:
+    def _scales(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]]) -> list[float]:
         """By which the error of each output counts: one over its mean power."""
         powers = [
-            [self._mean(t.float().square(), captured.valid).item() for t in _floats(target)]
+            [self._mean(t.float().square(), captured.valid).item() for t in target]
             for captured, target in zip(inputs, targets, strict=True)
         ]
         return [len(powers) / (sum(power) or len(powers)) for power in zip(*powers, strict=True)]
 
-    def _error(self, captured: Captured, target: Any, weights: dict[str, Tensor], scales: list[float]) -> Tensor:
+    def _error(
+        self, captured: Captured, target: list[Tensor], weights: dict[str, Tensor], scales: list[float]
+    ) -> Tensor:
         """Squared error of the outputs, each relative to its power."""
         args, kwargs = captured.on(self.device)
         recurrent = any(isinstance(m, nn.RNNBase) for m in self.block.modules())
@@ -145,7 +138,7 @@ class Tuning:
         ):
             output = functional_call(self.block, weights, args, kwargs)
         total = torch.zeros((), device=self.device)
-        for got, wanted, scale in zip(_floats(output), _floats(target), scales, strict=True):
+        for got, wanted, scale in zip(floats(output), target, scales, strict=True):
             difference = (got.float() - wanted.to(self.device).float()).square()
             total = total + scale * self._mean(difference, captured.valid)
         return total
@@ -171,10 +164,6 @@ class Tuning:
         return {name: p.detach().clone() for name, p in self.norms.items()}
 
 
-def on_cpu(tree: Any) -> Any:
-    """A copy of all tensors in a structure."""
-    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
-
-
-def _floats(tree: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+def floats(tree: Any) -> list[Tensor]:
+    """The tensors of floating point in an output: what is compared."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]

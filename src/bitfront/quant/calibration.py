@@ -13,28 +13,26 @@ For each block of the network, in the order in which they are called:
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import write_atomically
-from bitfront.quant.blockwise import Captured, Tuning, norm_parameters, on_cpu
+from bitfront.quant.blockwise import Tuning, floats, norm_parameters
+from bitfront.quant.captured import Captured, copied
 from bitfront.quant.core import Method, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
+from bitfront.quant.states import States
 
 TARGETS = ("network", "block")
 
@@ -67,6 +65,7 @@ class PostTraining(Method):
     block_lr: float = 1e-3
     sft: bool = False
     sft_relative: bool = True
+    sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +73,11 @@ class PostTraining(Method):
         check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
         check(self.target in TARGETS, f"quant.target is one of {', '.join(TARGETS)}, got {self.target}")
         check(0 <= self.held_out < 1 and self.patience > 0, "quant.held_out is in 0..1 and quant.patience is positive")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it calibrates on anything."""
+        return self.sees_inputs or self.J > 0
 
     @property
     def keeps_zero(self) -> bool:
@@ -92,17 +96,14 @@ class PostTraining(Method):
         """
         raise NotImplementedError
 
-    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        """Refuse, before any work, tensors that cannot be quantized as asked."""
-
     def attach(self, network: nn.Module, data: Calibration | None = None) -> QuantizedModel:
         """Quantize a trained network; its weights are overwritten.
 
         Raises:
             BitfrontError: there is no data, or a layer cannot be quantized as asked.
         """
-        if data is None:
-            raise BitfrontError(f"{type(self).__name__} needs calibration data")
+        if self.needs_data:
+            check(data is not None and len(data.batches) > 0, f"{type(self).__name__} needs calibration data")
         check_quantizable(network, self.eligible(network))
         check_finite(network)
         packed, log = calibrate(network, self, data)
@@ -113,20 +114,20 @@ class PostTraining(Method):
             norms = {name for name, _ in norm_parameters(network)} - packed.keys()
             for name, p in network.named_parameters():
                 p.requires_grad_(name in norms)
-        model = QuantizedModel(network, frozen)
+        model = QuantizedModel(network, frozen, self)
         model.log = log
         return model
 
 
 def calibrate(
-    network: nn.Module, method: PostTraining, data: Calibration
+    network: nn.Module, method: PostTraining, data: Calibration | None
 ) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
-    """Quantize a network block by block; its weights become the quantized ones.
+    """Quantize a network block by block; its weights become the quantized ones, all else stays as it was.
 
     Args:
         network: float, on the device to work on.
         method: solves the layers.
-        data: to calibrate on.
+        data: to calibrate on, where the method does.
 
     Returns:
         Packed tensors by name, and a log of layers and blocks for the record.
@@ -135,42 +136,79 @@ def calibrate(
         BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
     """
     weights = method.eligible(network)
-    method.check_shapes({name: w.shape for name, w in weights.items()})
-    check(len(data.batches) > 0, "there is no calibration data")
-    training = network.training
-    network.eval()
-    with no_fast_path():
-        packed, log = _walk(network, method, weights, data)
-    network.train(training)
-    return {name: packed[name] for name in weights}, log
+    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    found: dict[str, Packed] = {}
+    if data is None or not method.needs_data:
+        for name, w in weights.items():
+            found[name], entry = solve(method, name, w, None)
+            log["layers"].append(entry | {"block": ""})
+        return found, log
+    with undisturbed(network), no_fast_path():
+        network.eval()
+        for state in _walk(network, method, weights, data):
+            found |= {name: Packed(**fields) for name, fields in state["packed"].items()}
+            log["layers"] += state["layers"]
+            log["blocks"].append(state["block"])
+    return {name: found[name] for name in weights}, log
+
+
+@contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in the mode, and each buffer holds what it did before, whatever forwards did to it."""
+    modes = {module: module.training for module in network.modules()}
+    buffers = [
+        (module._buffers, name, b, b.clone())
+        for module in modes
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for place, name, buffer, content in buffers:
+            buffer.data = content
+            place[name] = buffer
 
 
 def _walk(
     network: nn.Module, method: PostTraining, weights: dict[str, nn.Parameter], data: Calibration
-) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
-    packed: dict[str, Packed] = {}
-    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+) -> Iterator[dict[str, Any]]:
+    """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
+    states = States(data.states, network, method, data) if data.states else None
     reference = copy.deepcopy(network) if method.J > 0 and method.target == "network" else network
     bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)
-        state = _load(data.states, n, unit)
+        state = states.load(n) if states else None
         if state is None:
-            state = quantize(network, reference, method, unit, weights, data, n)
-            _save(data.states, n, state)
+            state = quantize_block(network, reference, method, unit, weights, data, n)
+            if states:
+                states.save(n, state)
         for name, fields in state["packed"].items():
-            packed[name] = Packed(**fields)
-            weights[name].data.copy_(packed[name].decode())
+            weights[name].data.copy_(Packed(**fields).decode())
         for name, p in state["norms"].items():
             network.get_parameter(name).data.copy_(p)
-        log["layers"] += state["layers"]
-        log["blocks"].append(state["block"])
-    return packed, log
+        yield state
 
 
 @torch.no_grad()
-def quantize(
+def solve(method: PostTraining, name: str, w: nn.Parameter, moments: Moments | None) -> tuple[Packed, dict[str, Any]]:
+    """Quantize one weight in place; return it packed, and its entry in the log."""
+    started = time.perf_counter()
+    packed, details = method.of(name).solve(w.detach(), moments)
+    quantized = packed.decode().to(w.device)
+    entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
+    if moments is not None:
+        entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+    w.data.copy_(quantized)
+    return packed, entry | details | {"seconds": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def quantize_block(
     network: nn.Module,
     reference: nn.Module,
     method: PostTraining,
@@ -182,11 +220,11 @@ def quantize(
     """Quantize the n-th block in place, tuned to give what it gives in the reference; return its state."""
     began = time.perf_counter()
     work = _Block(network, method, unit, weights, data)
-    inputs = capture(network, unit, data)
-    targets: list[Any] = []
+    inputs = capture(network, unit, data) if unit.stages or work.tuned else []
+    targets: list[list[Tensor]] = []
     if work.tuned:
         undisturbed = inputs if reference is network else capture(reference, unit, data)
-        targets = [on_cpu(work.forward(captured, reference)) for captured in undisturbed]
+        targets = [[t.cpu() for t in floats(work.forward(captured, reference))] for captured in undisturbed]
     for stage in unit.stages:
         work.solve_stage(stage, inputs)
     for name in unit.blind:
@@ -195,9 +233,8 @@ def quantize(
     if work.tuned:
         entry |= work.tune(inputs, targets, data.seed + n)
     return {
-        "unit": vars(unit),
         "packed": {name: vars(p) for name, p in work.packed.items()},
-        "norms": on_cpu(work.norms),
+        "norms": {name: p.cpu() for name, p in work.norms.items()},
         "layers": work.layers,
         "block": entry | {"seconds": time.perf_counter() - began},
     }
@@ -234,6 +271,10 @@ class _Block:
 
     def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
         """Quantize the layers that share an input."""
+        if not self.method.sees_inputs:
+            for name in stage:
+                self.solve(name, None)
+            return
         sums = Accumulator(stage[0])
         for captured in inputs:
             sums.valid = captured.valid
@@ -245,14 +286,9 @@ class _Block:
 
     def solve(self, name: str, moments: Moments | None) -> None:
         """Quantize one layer."""
-        started, w = time.perf_counter(), self.weights[name]
-        self.packed[name], details = self.method.of(name).solve(w.detach(), moments)
-        quantized = self.packed[name].decode().to(w.device)
-        entry: dict[str, Any] = {"name": name, "block": self.unit.block, "shape": list(w.shape), "inputs": 0}
-        if moments is not None:
-            entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
-        w.data.copy_(quantized)
-        self.layers.append(entry | details | {"seconds": time.perf_counter() - started})
+        self.packed[name], entry = solve(self.method, name, self.weights[name], moments)
+        unseen = {"unseen": self.unit.unseen[name]} if name in self.unit.unseen and self.method.sees_inputs else {}
+        self.layers.append(entry | {"block": self.unit.block} | unseen)
 
     def tune(self, inputs: list[Captured], targets: list[Any], seed: int) -> dict[str, Any]:
         """The block-wise stage; return its entry in the record."""
@@ -274,12 +310,14 @@ class _Reached(Exception):  # noqa: N818 no error
 
 def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
     """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
+    shared = {id(x): x for parts in (network.modules(), network.parameters()) for x in parts}
     if not unit.block:
-        return [Captured((batch,), {}, data.valid(batch)) for batch in data.batches]
+        return [Captured((batch,), {}, data.valid(batch), shared) for batch in data.batches]
     captured: list[Captured] = []
 
     def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
-        captured.append(Captured(on_cpu(args), on_cpu(kwargs), data.valid(batch)))
+        args, kwargs = copied((args, kwargs), "cpu", shared)
+        captured.append(Captured(args, kwargs, data.valid(batch), shared))
         if unit.calls == 1:
             raise _Reached
 
@@ -287,32 +325,7 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
     try:
         for batch in data.batches:
             with suppress(_Reached):
-                data.run(network, batch)
+                data.forward(network, batch)
     finally:
         hook.remove()
     return captured
-
-
-def _save(folder: Path | None, n: int, state: dict[str, Any]) -> None:
-    if folder is not None:
-        data = io.BytesIO()
-        torch.save(state, data)
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BitfrontError(
-                f"cannot make '{folder}' ({error.strerror}); make room and run the same command"
-            ) from None
-        write_atomically(folder / f"{n:04}.pt", data.getvalue())
-
-
-def _load(folder: Path | None, n: int, unit: Unit) -> dict[str, Any] | None:
-    if folder is None or not (path := folder / f"{n:04}.pt").is_file():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["unit"] == vars(unit):
-            return state
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        raise BitfrontError(f"'{path}' is damaged ({error}); delete it and run again") from None
-    raise BitfrontError(f"'{path}' is of another block than '{unit.block}'; delete '{folder}' and run again")

@@ -66,7 +66,7 @@ class Method:
 
     def attach(self, network: nn.Module) -> QuantizedModel:
         """Wrap a network whose weights are the starting point."""
-        return QuantizedModel(network, self.quantizers(network))
+        return QuantizedModel(network, self.quantizers(network), self)
 
     def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
         """One quantizer per eligible tensor; none means a float model."""
@@ -108,7 +108,12 @@ class Trained(Method):
         raise NotImplementedError
 
     def quantizers(self, network: nn.Module) -> dict[str, Quantizer]:
-        return {name: self.of(name).quantizer(w) for name, w in self.eligible(network).items()}
+        quantizers: dict[str, Quantizer] = {}
+        for name, w in self.eligible(network).items():
+            method = self.of(name)
+            quantizers[name] = method.quantizer(w)
+            quantizers[name].settings |= {key: getattr(method, key) for key in self.per_layer}
+        return quantizers
 
 
 @dataclass(kw_only=True)

@@ -102,7 +102,16 @@ class DiffQ(Trained):
     range: str = "minmax"
     extra_bits: int = 0
     lr: float = 1e-3
-    per_layer: ClassVar[tuple[str, ...]] = ("group_size", "min_bits", "init_bits", "max_bits", "extra_bits")
+    per_layer: ClassVar[tuple[str, ...]] = (
+        "group_size",
+        "min_bits",
+        "init_bits",
+        "max_bits",
+        "param",
+        "noise",
+        "range",
+        "extra_bits",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,8 @@ class Frozen(Quantizer):
 
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
-        self.shape = packed.shape
+        self.shape, self.rows = packed.shape, packed.rows
+        self.settings = {"bits": int(packed.bits.max())}
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
         self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))
@@ -41,7 +42,7 @@ class Frozen(Quantizer):
         if self.gain is not None:
             learned, dtype = self._learned(), lo.dtype
             lo, span = learned[0].detach().to(dtype), learned[1].detach().to(dtype)
-        return Packed(codes, bits, lo, span, self.shape)
+        return Packed(codes, bits, lo, span, self.shape, self.rows)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         assert self.gain is not None and self.shift is not None
@@ -53,7 +54,7 @@ class Frozen(Quantizer):
         if self.gain is None:
             return self.packed.decode()
         codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
-        return Packed(codes, bits, *self._learned(), self.shape).decode()
+        return Packed(codes, bits, *self._learned(), self.shape, self.rows).decode()
 
     def surrogate(self, w: Tensor) -> Tensor:
         return self.values()

@@ -30,8 +30,8 @@ class GPTQ(RTN):
 
     Attributes:
         bits: 1..8.
-        group_size: consecutive weights of a row that share scale and zero: a divisor of the row, or all of it where it
-            is shorter; -1 for the row.
+        group_size: consecutive weights of a row that share scale and zero; -1 for the row. What is left over at the end
+            of a row is a shorter group.
         symmetric, scale_dtype: as in ``RTN``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
@@ -39,6 +39,7 @@ class GPTQ(RTN):
 
     damping: float = 0.01
     act_order: bool = True
+    sees_inputs: ClassVar[bool] = True
     per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
 
     def __post_init__(self) -> None:
@@ -47,20 +48,12 @@ class GPTQ(RTN):
         check(self.group_size != 0, "group_size is n or -1 (a row) for this method, which solves row by row")
         check(self.damping >= 0, f"quant.damping is not negative, got {self.damping}")
 
-    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        sizes = {name: (s[1:].numel(), self.of(name).group_size) for name, s in shapes.items()}
-        wrong = [f"'{name}' ({row})" for name, (row, size) in sizes.items() if row > size > 0 and row % size]
-        check(
-            not wrong,
-            f"group_size does not divide the rows of {', '.join(wrong)}; choose another, or for these layers alone as "
-            "in quant.layers={<name>: {group_size: -1}}",
-        )
-
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is None:
             return super().solve(w, inputs)
-        curvature = inputs.curvature(self.damping, self.act_order)
         size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
+        padding = -inputs.columns % size
+        curvature = inputs.curvature(self.damping, self.act_order, padding)
         log = {"power": 0.0}
 
         def solve(rows: Tensor) -> Solution:
@@ -75,16 +68,17 @@ class GPTQ(RTN):
             return (loss * curvature.mean[:, None]).sum().item()
 
         rows = w.float().reshape(inputs.batch, -1, inputs.columns)
-        solution = solve_rows(rows, inputs.columns // size, solve)
+        rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
+        solution = solve_rows(rows, rows.shape[2] // size, solve)
         power = log.pop("power") or 1.0
         flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
         about = {
             "steps": {name: loss / power for name, loss in log.items()},
             "damping": self.damping + curvature.raised,
-            "dead_inputs": int(curvature.dead.sum()),
+            "dead_inputs": int(curvature.dead.sum()) - padding * inputs.batch,
             "flat_rows": int(flat.sum()),
         }
-        return packed(solution, w.shape, self.bits, self.dtype), about
+        return packed(solution, w.shape, self.bits, self.dtype, padding), about
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         """The solution after each step, by name; the last one counts."""
@@ -93,10 +87,13 @@ class GPTQ(RTN):
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 
 
-def packed(solution: Solution, shape: torch.Size, bits: int, dtype: torch.dtype) -> Packed:
-    """A solution as it is stored."""
+def packed(solution: Solution, shape: torch.Size, bits: int, dtype: torch.dtype, padding: int = 0) -> Packed:
+    """A solution as it is stored, without the columns of padding."""
     by_rows = {name: getattr(solution, name).transpose(1, 2) for name in ("codes", "scale", "zero")}
     levels = 2**bits - 1
+    if padding:
+        by_rows["codes"][..., -padding:] = 0
     codes = by_rows["codes"].reshape(by_rows["scale"].numel(), -1).to(code_dtype(levels))
     lo, span = (x.reshape(-1).to(dtype) for x in (by_rows["zero"], by_rows["scale"] * levels))
-    return Packed(codes, torch.tensor([bits], dtype=torch.uint8, device=codes.device), lo, span, shape)
+    width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)
+    return Packed(codes, width, lo, span, shape, shape[0] if padding else 0)

@@ -37,7 +37,7 @@ class Moments:
 
     H: Tensor
     count: int
-    _curvatures: dict[tuple[float, bool], Curvature] = field(default_factory=dict)
+    _curvatures: dict[tuple[float, bool, int], Curvature] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -47,9 +47,9 @@ class Moments:
     def columns(self) -> int:
         return self.H.shape[1]
 
-    def curvature(self, damping: float, act_order: bool) -> Curvature:
+    def curvature(self, damping: float, act_order: bool, padding: int = 0) -> Curvature:
         """With its factorizations, shared by the layers that share the inputs."""
-        key = damping, act_order
+        key = damping, act_order, padding
         if key not in self._curvatures:
             self._curvatures[key] = Curvature(self.H, *key)
         return self._curvatures[key]
@@ -80,19 +80,24 @@ class Use:
         key: the input tensors' identity, and the geometry.
         geometry: of a convolution: kernel, stride, padding, dilation, groups; None for a matrix product.
         batch_axis: where the samples are, if that is known.
-        lookup: whether it is an embedding's, whose inputs are the numbers of rows.
+        unseen: of a use that tells nothing of the weight's inputs, the function's name, as "conv_transpose1d".
     """
 
     key: tuple[Any, ...]
     inputs: tuple[Tensor, ...]
     geometry: tuple[Any, ...] | None = None
     batch_axis: int | None = None
-    lookup: bool = False
+    unseen: str = ""
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is an embedding's, whose inputs are the numbers of rows."""
+        return self.unseen == LOOKUP
 
 
 class Watch(TorchFunctionMode):
-    """Tells of every use of the given weights in a matrix product, a 1d or 2d convolution, an attention layer or an
-    embedding.
+    """Tells of every use of the given weights: with the inputs in ``F.linear``, a 1d or 2d convolution or an attention
+    layer, by the name of the function in anything else that makes tensors of them.
 
     Args:
         weights: to look out for.
@@ -107,21 +112,25 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        if func is F.embedding:
-            bound = EMBEDDING.bind(*args, **kwargs)
-            self._seen(bound.arguments["weight"], (bound.arguments["input"],), lookup=True)
+        known = None
         if func in SIGNATURES:
             bound = SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
-            x, weight, _, *geometry = bound.arguments.values()
-            shape = (tuple(weight.shape[2:]), *geometry) if geometry else None
-            self._seen(weight, (x,), shape)
-        return func(*args, **kwargs)
+            x, known, _, *geometry = bound.arguments.values()
+            shape = (tuple(known.shape[2:]), *geometry) if geometry else None
+            self._seen(known, (x,), shape)
+        others = [w for w in _tensors((args, kwargs)) if id(w) in self.names and w is not known]
+        result = func(*args, **kwargs)
+        made = list(_tensors(result)) if others else []  # nothing, if it only asked for the shape or the like
+        for w in others:
+            if any(x is not w for x in made):
+                self.see(self.names[id(w)], Use((), (), unseen=_name(func)))
+        return result
 
     def _seen(self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, **how: Any) -> None:
         if id(weight) in self.names:
             inputs = inputs[:1] if all(x is inputs[0] for x in inputs) else inputs
-            identity = tuple((x.data_ptr(), x.shape, x.stride(), x._version) for x in inputs)
+            identity = tuple((x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version) for x in inputs)
             self.see(self.names[id(weight)], Use((identity, str(geometry)), inputs, geometry, **how))
 
     def _attention(self, args: Any, kwargs: Any) -> Any:
@@ -154,7 +163,24 @@ SIGNATURES = {
     torch.conv2d: inspect.signature(_conv),
 }
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
-EMBEDDING = inspect.signature(F.embedding)
+LOOKUP = F.embedding.__name__
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results of a function, which may come in lists."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _name(func: Any) -> str:
+    """Of a function of torch; ``w.T`` is the getter of a descriptor of that name."""
+    owner = func.__self__ if func.__name__ == "__get__" else func
+    return str(owner.__name__).strip("_")
 
 
 @contextmanager
@@ -215,12 +241,15 @@ def _split(x: Tensor, valid: Tensor | None, size: int) -> Iterator[tuple[Tensor,
 
 
 def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor:
-    """Which positions of ``x`` ``[samples, time, ..., features]`` (or time first) are no padding, ``[..., time, ...]``.
+    """Which positions of ``x`` ``[samples, time, ..., features]`` (or time first) are no padding, ``[..., time, ...]``;
+    all, where there is no time: ``[samples, features]``.
 
     Raises:
         BitfrontError: no axis has the length of the samples.
     """
     samples = len(valid)
+    if x.dim() == 2 and len(x) == samples:
+        return torch.ones(samples, dtype=torch.bool, device=x.device)
     if batch_axis is None:
         batch_axis = next((axis for axis in (0, 1) if x.dim() > axis + 1 and x.shape[axis] == samples), None)
     if batch_axis is None or x.dim() < 3:
@@ -251,7 +280,7 @@ class Accumulator:
 
     Attributes:
         valid: share of each sample that is not padding, for the uses to come.
-        lookup: whether one of the uses was an embedding's, which has no inputs to sum up.
+        lookup: whether one of the uses was an embedding's.
     """
 
     def __init__(self, name: str) -> None:
@@ -261,8 +290,8 @@ class Accumulator:
 
     def add(self, _: str, use: Use) -> None:
         """One use of the weight."""
-        if use.lookup:
-            self.lookup = True
+        self.lookup |= use.lookup
+        if use.unseen:
             return
         for x, counts in columns(use, self.valid):
             product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)

@@ -4,25 +4,36 @@ per weight tensor turns the float weight into what the network sees.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import is_parametrized
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
+from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
+from bitfront.quant.parametrized import parametrized
+from bitfront.quant.summary import summary
 
 MB = 2**20  # bytes; the papers' penalties are per MB of this size
 
 
 class Quantizer(nn.Module):
-    """How one weight tensor is quantized: ``surrogate`` is what training sees, ``encode`` what the disk sees."""
+    """How one weight tensor is quantized: ``surrogate`` is what training sees, ``encode`` what the disk sees.
+
+    Attributes:
+        settings: what the meaning of its state depends on, plain JSON; a state dict of other settings is refused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
 
     def surrogate(self, w: Tensor) -> Tensor:
         """The weight that the network sees in training, float32 of ``w``'s shape, differentiable."""
@@ -36,6 +47,25 @@ class Quantizer(nn.Module):
         """Stored bits by the papers' size rule; differentiable in training mode, exact in evaluation mode."""
         raise NotImplementedError
 
+    def get_extra_state(self) -> Tensor:
+        """The settings, as bytes."""
+        return torch.frombuffer(bytearray(json.dumps(self.settings).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a state of other settings.
+
+        Raises:
+            BitfrontError: with what differs.
+        """
+        theirs, ours = (json.loads(bytes(x.tolist())) for x in (state, self.get_extra_state()))
+        if theirs != ours:
+            differing = [
+                f"{key}={theirs.get(key)} there, {ours.get(key)} here"
+                for key in {**theirs, **ours}
+                if theirs.get(key) != ours.get(key)
+            ]
+            raise BitfrontError(f"the state is of a quantizer of other settings: {', '.join(differing)}")
+
     def forward(self, w: Tensor) -> Tensor:
         """The weight that the network sees: ``surrogate`` in training mode, else exactly what is stored."""
         if self.training:
@@ -44,12 +74,23 @@ class Quantizer(nn.Module):
             return self.encode(w).decode().to(w.dtype)
 
 
+class Objective(Protocol):
+    """Of a method: its say in the training."""
+
+    min_size: float
+    penalty: float
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The quantizers' own, or None."""
+
+
 class QuantizedModel(nn.Module):
     """A float network seen through the quantizers of its weights.
 
     Args:
         network: any module; its parameters keep their names, tied weights stay tied.
         quantizers: by the first name of each quantized parameter, as ``eligible`` gives them.
+        method: that made them; ``penalty`` and ``optimizer`` are its.
 
     Raises:
         BitfrontError: activation checkpointing is on, which recomputes the forward with the float weights and would
@@ -57,15 +98,19 @@ class QuantizedModel(nn.Module):
             weight itself would be quantized.
     """
 
-    def __init__(self, network: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    def __init__(
+        self, network: nn.Module, quantizers: Mapping[str, Quantizer], method: Objective | None = None
+    ) -> None:
         super().__init__()
         check_quantizable(network, quantizers)
-        self.network = network
+        self.network, self.method = network, method
         self.names = list(quantizers)
+        for name, quantizer in quantizers.items():
+            quantizer.settings = {"name": name, **quantizer.settings}
         self.quantizers = nn.ModuleList(quantizers.values())
         self.log: dict[str, Any] = {}  # how a post-training method fared, for the record
-        self._cached: dict[str, Tensor] | None = None
-        self._cached_at: list[int] = []
+        self._cached: dict[str, Tensor] = {}
+        self._cached_of: list[Tensor] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.network, self.weights(), args, kwargs)
@@ -77,15 +122,66 @@ class QuantizedModel(nn.Module):
             yield name, quantizer, self.network.get_parameter(name)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the network sees, by name. In evaluation mode computed once, until the weights may have changed."""
+        """What the network sees, by name. In evaluation mode computed once, as long as the float weights and the
+        quantizers hold the same numbers, whoever writes to them."""
         if self.training:
             return {name: quantizer(w) for name, quantizer, w in self.items()}
-        versions = [t._version for t in (*self.parameters(), *self.quantizers.buffers())]
-        if self._cached is None or self._cached_at != versions:
+        return self._evaluated()
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)  # else a later forward with gradients could not use what is kept
+    @torch.no_grad()
+    def _evaluated(self) -> dict[str, Tensor]:
+        now = [*(w for _, _, w in self.items()), *self.quantizers.parameters(), *self.quantizers.buffers()]
+        before = self._cached_of
+        if len(before) != len(now) or not all(_same(a, b) for a, b in zip(now, before, strict=True)):
             check_finite(self.network)
             self._cached = {name: quantizer(w) for name, quantizer, w in self.items()}
-            self._cached_at = versions
+            self._cached_of = [t.detach().clone() for t in now]
         return self._cached
+
+    def penalty(self) -> Tensor:
+        """What the method adds to the loss for the model's size (DiffQ's penalty times MB): a differentiable scalar."""
+        return (self.method.penalty if self.method else 0.0) * self.megabytes()
+
+    def optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> Joint:
+        """An optimizer of the weights, joined with the method's own of the quantizers, as ``Joint`` says. Where it has
+        none of its own, what its quantizers learn becomes a group of the optimizer given.
+
+        Args:
+            optimizer: of the network's parameters; schedules are made of what is returned.
+            scaler: of float16 training.
+
+        Raises:
+            BitfrontError: the optimizer has parameters of something else.
+        """
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        strangers = stepped - {id(p) for p in self.parameters()}
+        if strangers:
+            raise BitfrontError(
+                f"the optimizer has {len(strangers)} parameters that are not the network's; make it of "
+                "network.parameters() after bitfront.prepare"
+            )
+        left = [p for p in self.quantizers.parameters() if id(p) not in stepped]
+        own = self.method.optimizer(left) if self.method and left else None
+        if left and own is None:
+            optimizer.add_param_group({"params": left, "weight_decay": 0.0})
+        return Joint(optimizer, own, self._spare_unused, scaler)
+
+    def _spare_unused(self) -> None:
+        """A layer that a step left out (layer drop) has no say, and the penalty alone would narrow it."""
+        if not (self.method and self.method.penalty):
+            return
+        parts = [(quantizer, w.grad) for _, quantizer, w in self.items() if w.requires_grad]
+        if not parts:
+            return
+        used = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for _, g in parts]
+        # All at once: a GPU is waited for once, not for each tensor.
+        device = next((g.device for _, g in parts if g is not None), torch.device("cpu"))
+        for (quantizer, _), moved in zip(parts, torch.stack([u.to(device) for u in used]).tolist(), strict=True):
+            if not moved:
+                for p in quantizer.parameters():
+                    p.grad = None
 
     def megabytes(self) -> Tensor:
         """Model size in MB by the papers' rule: small parameters in their own type, no buffers, tied tensors once.
@@ -111,34 +207,54 @@ class QuantizedModel(nn.Module):
         """By quantized tensor, how many of its stored weights have 0, 1, 2, ... bits."""
         return {name: packed.width_counts() for name, packed in self.encode().items()}
 
-    def artifact(self, about: Mapping[str, Any]) -> Artifact:
-        """The whole network as it is stored, with its provenance."""
-        return Artifact.of(self.network, self.encode(), about)
+    def artifact(self, about: Mapping[str, Any] | None = None) -> Artifact:
+        """The whole network as it is stored, with its provenance, plain JSON."""
+        return Artifact.of(self.network, self.encode(), about or {})
 
-    def save(self, path: Path, about: Mapping[str, Any]) -> int:
-        """Write the artifact; return its size in bytes."""
-        return self.artifact(about).save(path)
+    def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> int:
+        """Write the artifact; return its size in bytes.
+
+        Raises:
+            BitfrontError: a weight is not finite, the disk is full or the place is not writable.
+        """
+        return self.artifact(about).save(Path(path))
+
+    def summary(self) -> str:
+        """A table of the tensors: bits, bytes, share of the file and relative loss of the layer's output; below, what
+        stays float and why, and what was rounded blind."""
+        artifact, parameters = self.artifact(), dict(self.network.named_parameters())
+        limit = int((self.method.min_size if self.method else 0.0) * MB) // 4
+
+        def reason(name: str) -> str:
+            if name not in parameters:
+                return "buffers"
+            if not parameters[name].is_floating_point():
+                return "whole numbers"
+            return "excluded" if parameters[name].numel() > limit else f"at most {limit:,} values (min_size)"
+
+        return summary(artifact, self.log.get("layers", []), {name: reason(name) for name in artifact.raw})
 
     def train(self, mode: bool = True) -> QuantizedModel:
         _refuse_checkpointing(self.network)
-        self._cached = None
         return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> QuantizedModel:
-        self._cached = None
-        return super()._apply(*args, **kwargs)
 
 
 def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
     """Refuse activation checkpointing, and weights that are computed from others, as ``QuantizedModel`` says."""
     _refuse_checkpointing(network)
+    computed = parametrized(network)
     for name in names:
-        module = network.get_submodule(name.rpartition(".")[0])
-        if is_parametrized(module) or name.endswith(("_g", "_v", "_orig")):
+        owner = name.rpartition(".")[0].partition(".parametrizations")[0]
+        if owner in computed:
+            kind = type(network.get_submodule(owner)).__name__
             raise BitfrontError(
-                f"{type(module).__name__} computes its weight from '{name}' (weight norm or the like); remove the "
-                "parametrization first, so that the weight itself is quantized"
+                f"{kind} '{owner}' computes its weight from '{name}' (weight norm or the like); call "
+                "bitfront.resolve(network) first, so that the weight itself is quantized"
             )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def check_finite(network: nn.Module) -> None:

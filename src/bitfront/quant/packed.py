@@ -94,6 +94,13 @@ def packed_bytes(n: int, width: int) -> int:
     return width * -(-n // 8)
 
 
+def kept(columns: int, group_size: int, rows: int) -> np.ndarray:
+    """Which codes of ``[rows * groups of a row, group_size]`` are none of the padding of the rows, bool."""
+    groups = -(-columns // group_size)
+    one = np.arange(groups * group_size) < columns
+    return np.tile(one.reshape(groups, group_size), (rows, 1))
+
+
 @dataclass
 class Packed:
     """One quantized tensor.
@@ -104,6 +111,8 @@ class Packed:
         lo: ``[scales]`` floats, each shared by ``groups / scales`` consecutive groups.
         span: ``[scales]``, same dtype as ``lo``; negative and zero are fine.
         shape: of the tensor; the last group may be padded beyond it.
+        rows: where each row is cut into groups by itself and its last group is padded, how many there are; 0 where the
+            tensor is cut as a whole. The rows' padding is not stored.
     """
 
     codes: Tensor
@@ -111,6 +120,7 @@ class Packed:
     lo: Tensor
     span: Tensor
     shape: torch.Size
+    rows: int = 0
 
     @staticmethod
     def grid(bits: Tensor, lo: Tensor, span: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,11 +151,14 @@ class Packed:
     def decode(self) -> Tensor:
         """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
         first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))
-        return ungrouped(self.codes.float().mul_(step).add_(first), self.shape)
+        values = self.codes.float().mul_(step).add_(first)
+        if self.rows:
+            values = values.view(self.rows, -1)[:, : self.shape.numel() // self.rows]
+        return ungrouped(values, self.shape)
 
     def rule_bits(self) -> int:
         """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
-        codes = self.codes.shape[1] * int(self.bits.long().expand(len(self.codes)).sum())
+        codes = sum(width * n for width, n in enumerate(self.width_counts()))
         return codes + 16 * self.lo.itemsize * self.lo.numel()
 
     def layout(self) -> dict[str, Any]:
@@ -156,12 +169,18 @@ class Packed:
             "bits": [int(self.bits.min()), int(self.bits.max())],
             "scales": self.lo.numel(),
             "dtype": str(self.lo.dtype).removeprefix("torch."),
+            **({"rows": self.rows} if self.rows else {}),
         }
 
     def width_counts(self) -> list[int]:
-        """How many codes have 0, 1, 2, ... bits."""
-        groups = torch.bincount(self.bits.long().expand(len(self.codes)).cpu())
-        return (groups * self.codes.shape[1]).tolist()
+        """How many stored codes have 0, 1, 2, ... bits."""
+        bits = self.bits.long().expand(len(self.codes)).cpu()
+        if not self.rows:
+            return (torch.bincount(bits) * self.codes.shape[1]).tolist()
+        return torch.bincount(bits, torch.from_numpy(self._kept().sum(1))).long().tolist()
+
+    def _kept(self) -> np.ndarray:
+        return kept(self.shape.numel() // self.rows, self.codes.shape[1], self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -177,12 +196,12 @@ class Packed:
         bits = np.broadcast_to(self.bits.cpu().numpy(), len(codes))
         lowest, highest = int(bits.min()), int(bits.max())
         parts = [pack(bits - np.uint8(lowest), (highest - lowest).bit_length())]
-        if lowest < highest:
-            codes = codes.take(np.argsort(bits, kind="stable"), axis=0)
-        start = 0
-        for width, n in enumerate(np.bincount(bits)):
-            parts.append(pack(codes[start : start + n].ravel(), width))
-            start += n
+        stored = self._kept() if self.rows else None
+        for width in np.unique(bits).tolist():
+            here = codes if lowest == highest else codes[bits == width]
+            if stored is not None:
+                here = here[stored if lowest == highest else stored[bits == width]]
+            parts.append(pack(here.ravel(), width))
         parts += [x.contiguous().view(torch.uint8).cpu().numpy() for x in (self.lo, self.span)]
         return torch.from_numpy(np.concatenate(parts))
 
@@ -195,7 +214,10 @@ class Packed:
         """
         shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
         lowest, highest = layout["bits"]
-        n_groups = -(-shape.numel() // group_size)
+        rows = layout.get("rows", 0)
+        if rows and shape.numel() % rows:
+            raise ArtifactError(f"{rows} rows do not divide {list(shape)}; the file is damaged")
+        n_groups = max(rows, 1) * -(-shape.numel() // max(rows, 1) // group_size)
         if n_groups % scales:
             raise ArtifactError(f"{scales} scales cannot be shared by {n_groups} groups; the file is damaged")
         rest = data.numpy()
@@ -209,23 +231,25 @@ class Packed:
 
         table = (highest - lowest).bit_length()
         bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
-        codes = np.empty((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
-        start = 0
-        for width, n in enumerate(np.bincount(bits)):
-            stream = unpack(take(packed_bytes(n * group_size, width)), width, n * group_size)
-            codes[start : start + n] = stream.reshape(n, group_size)
-            start += n
-        if lowest < highest:
-            arranged = codes
-            codes = np.empty_like(arranged)
-            codes[np.argsort(bits, kind="stable")] = arranged
+        stored = kept(shape.numel() // rows, group_size, rows) if rows else None
+        codes: np.ndarray = np.zeros((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
+        for width in np.unique(bits).tolist():
+            here = np.flatnonzero(bits == width) if lowest < highest else slice(None)
+            if stored is None:
+                n = int(np.count_nonzero(bits == width)) * group_size
+                codes[here] = unpack(take(packed_bytes(n, width)), width, n).reshape(-1, group_size)
+            else:
+                n = int(np.count_nonzero(stored[here]))
+                part = np.zeros_like(codes[here])
+                part[stored[here]] = unpack(take(packed_bytes(n, width)), width, n)
+                codes[here] = part
         dtype = getattr(torch, layout["dtype"])
         lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
         if rest.size:
             raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
         codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
-        return cls(codes_tensor, bits_tensor, lo, span, shape)
+        return cls(codes_tensor, bits_tensor, lo, span, shape, rows)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,12 @@
 """In which order a network is calibrated: its blocks, and in each of them the layers that are solved together.
 
-Which layers there are, their order and which of them share an input is seen from one forward (``inputs.Watch``), so
-that no architecture is known by name.
+Which layers there are, their order and which of them share an input is seen from forwards (``inputs.Watch``), so that
+no architecture is known by name.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfront.quant.captured import copied
 from bitfront.quant.inputs import Use, Watch
 
 
@@ -22,8 +24,8 @@ class Calibration:
     """The data that a network is calibrated on, and how.
 
     Attributes:
-        batches: inputs of the network, as the task knows them.
-        run: does a forward of the network on a batch.
+        batches: inputs of the network, as ``run`` knows them; a loader or generator is drawn once.
+        run: does a forward of the network on a batch; it may write into the batch, which is a copy.
         blocks: names of the modules to work on one after the other; None finds them (``blocks``).
         valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None.
         states: folder where each finished block is kept, so that an interrupted run goes on there; or None.
@@ -37,6 +39,14 @@ class Calibration:
     states: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, Sequence):
+            self.batches = list(self.batches)
+
+    def forward(self, network: nn.Module, batch: Any) -> Any:
+        """What the network makes of a batch, which stays as it is."""
+        return self.run(network, copied(batch))
+
 
 @dataclass
 class Unit:
@@ -46,13 +56,15 @@ class Unit:
         block: name of its module; "" for the network, where a layer is part of no block.
         stages: names of the weights, those with the same inputs together, in the order of use.
         blind: names of weights in the block of whose inputs nothing is known.
-        calls: how often it is called in a forward.
+        unseen: by weight, its uses of whose inputs nothing is known: functions; none, if it is not used at all.
+        calls: how often it is called in a forward, at most.
         time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
     """
 
     block: str
     stages: list[list[str]]
     blind: list[str]
+    unseen: dict[str, list[str]]
     calls: int = 1
     time_last: bool = False
 
@@ -64,7 +76,8 @@ def blocks(network: nn.Module) -> list[str]:
 
     def like(module: nn.Module) -> bool:
         kinds = [type(child) for child in module.children() if next(child.children(), None) is not None]
-        return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) > len(set(kinds))
+        alone = len(kinds) == len(module._modules) == 1  # a list of one block
+        return isinstance(module, (nn.ModuleList, nn.Sequential)) and (alone or len(kinds) > len(set(kinds)))
 
     def descend(name: str, module: nn.Module, listed: bool) -> None:
         for child_name, child in module.named_children():
@@ -83,32 +96,40 @@ def blocks(network: nn.Module) -> list[str]:
 
 
 class _Seen:
-    """What one forward of the first batch shows.
+    """What forwards of all batches show.
 
     Attributes:
-        calls: names of the blocks, as often as they are called.
-        uses: of each weight, with the block that the forward is in; keeps the inputs, and so their identity.
-        last: of each block, the last use that is no lookup.
+        calls: of each block, how often a forward calls it at most.
+        homes: of each weight, the blocks that it is used in.
+        inputs: of each weight, what the inputs of its uses are known by.
+        unseen: of each weight, the functions of its other uses.
+        time_last: of each block, whether its last use is that of a convolution.
         first: by weight or block, a number that rises with time.
     """
 
     def __init__(self, network: nn.Module, blocks: list[str], weights: dict[str, nn.Parameter]) -> None:
         self.modules = {name: network.get_submodule(name) for name in blocks}
         self.weights, self.inside = weights, [""]
-        self.calls: list[str] = []
-        self.uses: dict[str, list[tuple[str, Use]]] = {}
-        self.last: dict[str, Use] = {}
+        self.calls: Counter[str] = Counter()
+        self.homes: dict[str, set[str]] = {name: set() for name in weights}
+        self.inputs: dict[str, set[Any]] = {name: set() for name in weights}
+        self.unseen: dict[str, list[str]] = {name: [] for name in weights}
+        self.time_last: dict[str, bool] = {}
         self.first: dict[str, int] = {}
 
     def watch(self, network: nn.Module, data: Calibration) -> None:
-        """Do the forward."""
+        """Do the forwards. (A block, or a branch, that not every batch comes to is seen, too.)"""
         hooks = [
             m.register_forward_pre_hook(lambda *_, name=name: self._entered(name)) for name, m in self.modules.items()
         ]
         hooks += [m.register_forward_hook(lambda *_: self.inside.pop() and None) for m in self.modules.values()]
         try:
-            with torch.no_grad(), Watch(self.weights, self._see):
-                data.run(network, data.batches[0])
+            for self.batch, batch in enumerate(data.batches):
+                self.alive: list[Any] = []  # tensors that are known by their address
+                self.called: Counter[str] = Counter()
+                with torch.no_grad(), Watch(self.weights, self._see):
+                    data.forward(network, batch)
+                self.calls |= self.called
         finally:
             for hook in hooks:
                 hook.remove()
@@ -117,46 +138,47 @@ class _Seen:
 
     def home(self, name: str) -> str:
         """The block in which a weight is used, or which holds it if no use is seen; "" if it is used in several."""
-        used = {block for block, _ in self.uses.get(name, [])} or {self.owners.get(id(self.weights[name]), "")}
-        return used.pop() if len(used) == 1 else ""
+        used = self.homes[name] or {self.owners.get(id(self.weights[name]), "")}
+        return next(iter(used)) if len(used) == 1 else ""
 
     def start(self, name: str) -> tuple[int, int]:
         """When first the block, then the weight is needed. An embedding that is also the output: before all blocks."""
         keys = (name, self.owners.get(id(self.weights[name])))
         return min((self.first[key] for key in keys if key in self.first), default=-1), self.first.get(name, -1)
 
-    def inputs(self, name: str) -> set[Any]:
-        """What the inputs of a weight are known by."""
-        return {use.key for _, use in self.uses.get(name, [])}
-
     def unit(self, block: str) -> Unit:
         """A block, still empty."""
-        return Unit(
-            block, [], [], self.calls.count(block), block in self.last and self.last[block].geometry is not None
-        )
+        return Unit(block, [], [], {}, self.calls[block], self.time_last.get(block, False))
 
     def _entered(self, name: str) -> None:
         self.inside.append(name)
-        self.calls.append(name)
+        self.called[name] += 1
         self.first.setdefault(name, len(self.first))
 
     def _see(self, name: str, use: Use) -> None:
-        self.uses.setdefault(name, []).append((self.inside[-1], use))
-        if not use.lookup:
-            self.last[self.inside[-1]] = use
+        self.homes[name].add(self.inside[-1])
         self.first.setdefault(name, len(self.first))
+        if not use.lookup:
+            self.time_last[self.inside[-1]] = use.geometry is not None or use.unseen.startswith("conv")
+        if not use.unseen:
+            self.alive.append(use.inputs)
+            self.inputs[name].add((self.batch, use.key))
+        elif use.unseen not in self.unseen[name]:
+            self.unseen[name].append(use.unseen)
 
 
 def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
-    """Which weights are solved together, and in which order, as seen from one forward of the first batch."""
+    """Which weights are solved together, and in which order, as seen from a forward of each batch."""
     seen = _Seen(network, blocks(network) if data.blocks is None else data.blocks, weights)
     seen.watch(network, data)
     units: dict[str, Unit] = {}
     for name in sorted(weights, key=seen.start):
         block = seen.home(name)
-        unit = units.setdefault(block or (name if name in seen.uses else ""), seen.unit(block))
-        alike = (stage for stage in unit.stages if seen.inputs(name) == seen.inputs(stage[0]))
-        if all(use.lookup for _, use in seen.uses.get(name, [])):
+        unit = units.setdefault(block or (name if seen.homes[name] else ""), seen.unit(block))
+        alike = (stage for stage in unit.stages if seen.inputs[name] == seen.inputs[stage[0]])
+        if seen.unseen[name] or not seen.homes[name]:
+            unit.unseen[name] = seen.unseen[name]
+        if not seen.inputs[name]:
             unit.blind.append(name)
         elif (stage := next(alike, None)) is not None:
             stage.append(name)

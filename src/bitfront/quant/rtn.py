@@ -33,6 +33,7 @@ class RTN(PostTraining, FixedBits):
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: str = "float32"
+    sees_inputs: ClassVar[bool] = False
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "scale_dtype")
 
     def __post_init__(self) -> None:

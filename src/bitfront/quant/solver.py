@@ -43,6 +43,7 @@ class Curvature:
         damping: added to the diagonal of each entry of the batch, relative to its mean. The damped ``H`` is what all
             losses are measured in.
         act_order: work on the columns by falling ``H[j, j]`` (GPTQ's "act-order") instead of from left to right.
+        padding: inputs to append that are always zero.
 
     Attributes:
         mean: of the diagonal of the ``H`` given, ``[batch]``; losses times this are in the layer's own unit.
@@ -53,20 +54,20 @@ class Curvature:
         BitfrontError: ``H`` is not finite.
     """
 
-    def __init__(self, H: Tensor, damping: float = 0.0, act_order: bool = True) -> None:
+    def __init__(self, H: Tensor, damping: float = 0.0, act_order: bool = True, padding: int = 0) -> None:
         if not torch.isfinite(H).all():
             raise BitfrontError("the inputs of the layer are not finite")
         H64 = H.double()
         diagonal = H64.diagonal(dim1=1, dim2=2)
         self.mean = diagonal.mean(1)
-        H64 = H64 / torch.where(self.mean > 0, self.mean, 1.0)[:, None, None]
+        H64 = torch.nn.functional.pad(H64 / torch.where(self.mean > 0, self.mean, 1.0)[:, None, None], (0, padding) * 2)
         diagonal = H64.diagonal(dim1=1, dim2=2)
         self.dead = diagonal <= NOTHING
         diagonal.copy_(torch.where(self.dead, IDLE, diagonal + damping))
         self.H = H64.float()
         self.diagonal = self.H.diagonal(dim1=1, dim2=2)
         self.raised = 0.0
-        columns = torch.arange(H.shape[1], device=H.device).expand(len(H), -1)
+        columns = torch.arange(H64.shape[1], device=H.device).expand(len(H), -1)
         self.order = self.diagonal.argsort(dim=1, descending=True, stable=True) if act_order else columns
         self.back = self.order.argsort(dim=1)
         rows = self.H.gather(1, self.order[:, :, None].expand_as(self.H))

@@ -1,0 +1,198 @@
+"""The library's functions: any network, any data, one call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.captured import copied
+from bitfront.quant.core import Method
+from bitfront.quant.model import QuantizedModel
+from bitfront.quant.parametrized import duplicate, resolve
+from bitfront.quant.plan import Calibration
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def quantize(
+    network: nn.Module,
+    method: PostTraining,
+    data: Iterable[Any] | Tensor | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    valid: Callable[[Any], Tensor | None] | None = None,
+    blocks: list[str] | None = None,
+    states: Path | str | None = None,
+    seed: int = 0,
+) -> QuantizedModel:
+    """Quantize a trained network after training. It stays as it is; the result is a copy.
+
+    Args:
+        network: any module, on the device to work on; wrappers (``DataParallel``, ``torch.compile``) are taken off,
+            weights that it computes from others (weight norm and the like) resolved.
+        method: ``RTN``, ``GPTQ``, ``DecoupleQ`` or one of your own.
+        data: batches of inputs, tuples or dicts, as a loader, a list or a generator gives them, of which the first
+            ``method.samples`` samples count; or one tensor of samples, cut into batches of ``method.batch_size``. Round
+            to nearest needs none.
+        forward: does a forward of a network on a batch; None calls it as ``call`` does.
+        valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None for all of it;
+            by default from an ``attention_mask`` of ones, then zeros, if the batch has one.
+        blocks: names of the modules to work on one after the other; None finds them, [] takes the network as one.
+        states: folder where finished blocks are kept, so that the same call goes on after an interruption.
+        seed: of the order of the data where blocks are tuned.
+
+    Returns:
+        The quantized model in evaluation mode: a module that is called as the network is; ``summary``, ``save``.
+
+    Raises:
+        BitfrontError: there are no data, a weight or an input is not finite, a layer cannot be quantized as asked.
+    """
+    if not isinstance(method, PostTraining):
+        raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
+    network = resolve(duplicate(unwrapped(network)))
+    batches = [] if data is None else drawn(data, method.samples, method.batch_size)
+    calibration = Calibration(
+        batches,
+        forward or call,
+        blocks,
+        valid or not_padded,
+        None if states is None else Path(states),
+        seed,
+    )
+    return method.attach(network, calibration if batches else None).eval()
+
+
+def prepare(network: nn.Module, method: Method) -> QuantizedModel:
+    """Wrap a network to be trained quantized, in any loop: call the result in its place, add ``penalty()`` to the loss,
+    step ``optimizer(...)``.
+
+    Args:
+        network: any module; trained in place. Weights that it computes from others (weight norm) are resolved.
+        method: ``DiffQ``, ``LSQ``, ``STE``, ``Float`` or one of your own.
+
+    Raises:
+        BitfrontError: a layer cannot be quantized as asked.
+    """
+    if isinstance(method, PostTraining):
+        raise BitfrontError(
+            f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
+        )
+    return method.attach(resolve(network))
+
+
+def load(path: Path | str, into: N) -> N:
+    """Write a packed file into a plain network of the same architecture.
+
+    Args:
+        path: of what ``save`` wrote.
+        into: overwritten; weights that it computes from others are resolved if they were in the file.
+
+    Returns:
+        The network; its outputs are those of the quantized model, bit for bit.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or of another architecture; the network is left as it was.
+    """
+    Artifact.load(path).load_into(into)
+    return into
+
+
+def call(network: nn.Module, batch: Any) -> Any:
+    """A forward on a batch, moved to the network's device.
+
+    A dict whose keys are arguments of the network's ``forward`` is passed by name, without what that does not take (as
+    labels); of a tuple or list come as many parts as ``forward`` needs, from the first; all else is the argument. Where
+    ``forward`` has a ``use_cache``, it is False.
+    """
+    device = next((t.device for t in network.parameters()), torch.device("cpu"))
+    known = inspect.signature(network.forward).parameters
+    kinds = {p.kind for p in known.values()}
+    extra = {"use_cache": False} if "use_cache" in known else {}
+    if isinstance(batch, Mapping):
+        batch = {key: _moved(value, device) for key, value in batch.items()}
+        named = batch if inspect.Parameter.VAR_KEYWORD in kinds else {k: v for k, v in batch.items() if k in known}
+        needed = {name for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        if named and needed <= named.keys():
+            return network(**{**extra, **named})
+    batch = _moved(batch, device)
+    if isinstance(batch, (tuple, list)):
+        positional = [p for p in known.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        needed_count = sum(p.default is p.empty for p in positional)
+        every = inspect.Parameter.VAR_POSITIONAL in kinds and not positional
+        return network(*(batch if every else batch[: max(needed_count, 1)]), **extra)
+    return network(batch, **extra)
+
+
+def not_padded(batch: Any) -> Tensor | None:
+    """The share of each sample that its ``attention_mask`` ``[samples, time]`` leaves, if that is ones, then zeros."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    on = mask.bool()
+    if on.all() or (on[:, 1:] & ~on[:, :-1]).any():
+        return None
+    return on.double().mean(1)
+
+
+def drawn(data: Iterable[Any] | Tensor, samples: int, batch_size: int) -> list[Any]:
+    """The first batches of some data, copied, until there are so many samples.
+
+    Raises:
+        BitfrontError: it is a single sample or batch where a sequence of batches is meant.
+    """
+    if isinstance(data, Tensor):
+        return [part.clone() for part in data[:samples].split(batch_size)]
+    if isinstance(data, Mapping):
+        return [copied(data)]
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise BitfrontError(
+            f"data are batches, as a loader gives them, or one tensor of samples, not {type(data).__name__}"
+        )
+    batches: list[Any] = []
+    left = samples
+    for batch in data:
+        batches.append(copied(batch))
+        left -= _samples(batch)
+        if left <= 0:
+            break
+    return batches
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network within ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module
+        elif isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+            network = inner
+        else:
+            return network
+
+
+def _samples(batch: Any) -> int:
+    tensors = _tensors(batch)
+    return max((len(t) for t in tensors if t.dim()), default=1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    parts: Sequence[Any] = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return (part for part in parts if isinstance(part, Tensor))
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if type(x) in (tuple, list):
+        return type(x)(_moved(part, device) for part in x)
+    if type(x) is dict:
+        return {key: _moved(part, device) for key, part in x.items()}
+    return x

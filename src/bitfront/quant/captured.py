@@ -1,0 +1,73 @@
+"""What a block is called with, kept for later passes: a forward may write into whatever it is given (append to a
+key/value cache, change its input in place, pop from a dictionary), so every pass gets a copy of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfront.errors import BitfrontError
+
+
+@dataclass
+class Captured:
+    """One call of a block.
+
+    Attributes:
+        args, kwargs: its arguments.
+        valid: share of each sample that is not padding, ``[samples]``, or None.
+        shared: by ``id``, what passes hand on as it is: the network's modules and parameters.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    valid: Tensor | None
+    shared: dict[int, Any] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for one pass."""
+        return copied((self.args, self.kwargs), device, self.shared)
+
+
+def copied(tree: Any, device: torch.device | str | None = None, shared: dict[int, Any] | None = None) -> Any:
+    """A deep copy that no later write to the original reaches, nor the other way round.
+
+    Args:
+        tree: tensors, containers, and any objects that ``copy.deepcopy`` takes. What is in there twice is so in the
+            copy.
+        device: of the copied tensors; None leaves each where it is.
+        shared: by ``id``, what is handed on as it is.
+
+    Raises:
+        BitfrontError: an object cannot be copied.
+    """
+    return _copied(tree, device, dict(shared or {}))
+
+
+def _copied(x: Any, device: torch.device | str | None, memo: dict[int, Any]) -> Any:
+    if id(x) in memo:
+        return memo[id(x)]
+    new: Any
+    if isinstance(x, Tensor):
+        new = x.detach().to(device or x.device, copy=True)
+    elif type(x) in (list, tuple):
+        new = type(x)(_copied(part, device, memo) for part in x)
+    elif isinstance(x, tuple) and hasattr(x, "_fields"):
+        new = type(x)(*(_copied(part, device, memo) for part in x))
+    elif type(x) is dict:
+        new = {key: _copied(part, device, memo) for key, part in x.items()}
+    else:
+        try:
+            new = copy.deepcopy(x, memo)
+        except Exception as error:  # whatever a stranger's __deepcopy__, or pickling, raises
+            raise BitfrontError(
+                f"a block is called with an object of {type(x).__name__} that cannot be copied ({error}); give "
+                "Calibration blocks=[] to work on the network as a whole, or a forward that does without"
+            ) from None
+    memo[id(x)] = new
+    return new

@@ -1,0 +1,376 @@
+"""The library as its user meets it: README's examples, and networks of the world outside, with every method."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import torchvision
+import transformers
+from conftest import REPOSITORY
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bitfront
+from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, DecoupleQ, DiffQ, Float
+
+SMALL: dict[str, Any] = {"min_size": 0.001}
+CALIBRATED = {"rtn": RTN(bits=4, **SMALL), "gptq": GPTQ(bits=4, **SMALL), "decoupleq": DecoupleQ(bits=2, J=1, **SMALL)}
+TRAINED = {
+    "diffq": DiffQ(penalty=5, **SMALL),
+    "lsq": LSQ(bits=4, **SMALL),
+    "ste": STE(bits=4, **SMALL),
+    "float": Float(),
+}
+
+
+def rows(n: int, *shape: int) -> Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(50, 32), nn.LSTM(32, 32, batch_first=True, bidirectional=True)
+        self.tags = nn.Linear(64, 7)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.tags(self.lstm(self.embedding(words))[0])
+
+
+class UNet(nn.Module):
+    """Of one dimension, with transposed convolutions and skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv1d(c, 2 * c, 4, 2, 1) for c in (8, 16)])
+        self.up = nn.ModuleList([nn.ConvTranspose1d(4 * c, c, 4, 2, 1) for c in (16, 8)])
+        self.first, self.middle, self.last = nn.Conv1d(1, 8, 3, 1, 1), nn.Conv1d(32, 32, 1), nn.Conv1d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.first(x), []
+        for layer in self.down:
+            x = torch.relu(layer(x))
+            skips.append(x)
+        x = self.middle(x)
+        for layer in self.up:
+            x = torch.relu(layer(torch.cat([x, skips.pop()], 1)))
+        return self.last(x)
+
+
+def encoder() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def decoder() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, tie_word_embeddings=True, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def tokens(n: int) -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, 60, (n, 8, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([9, 9, 5, 9, 7, 9, 2, 9])[:, None]).long()
+    return [{"input_ids": x, "attention_mask": mask, "labels": x[:, 0] % 3} for x in ids]
+
+
+def following(n: int) -> list[dict[str, Tensor]]:
+    return [batch | {"labels": batch["input_ids"]} for batch in tokens(n)]
+
+
+def convnet() -> nn.Module:
+    return torchvision.models.shufflenet_v2_x0_5(num_classes=5)
+
+
+def classified(n: int) -> list[Any]:
+    return [(rows(4, 3, 32, 32) + k, torch.arange(4) % 5) for k in range(n)]
+
+
+def tagged(n: int) -> list[Any]:
+    words = torch.randint(0, 50, (n, 8, 9), generator=torch.Generator().manual_seed(0))
+    return [(x, x % 7) for x in words]
+
+
+Loss = Callable[[Any, Any], Tensor]  # of a network and a batch
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Loss]] = {
+    "encoder": (encoder, tokens, lambda net, batch: net(**batch).loss),
+    "decoder": (decoder, following, lambda net, batch: net(**batch).loss),
+    "tagger": (Tagger, tagged, lambda net, batch: F.cross_entropy(net(batch[0]).flatten(0, 1), batch[1].flatten())),
+    "unet": (UNet, lambda n: [rows(4, 1, 32) * k for k in range(1, n + 1)], lambda net, x: F.mse_loss(net(x), 0.5 * x)),
+    "convnet": (convnet, classified, lambda net, batch: F.cross_entropy(net(batch[0]), batch[1])),
+}
+
+
+def outputs(net: Any, batch: Any) -> Tensor:
+    """Of a network in evaluation mode, with all that is around it as the user has it."""
+    with torch.no_grad():
+        if isinstance(batch, dict):
+            return net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return net(batch[0] if isinstance(batch, tuple) else batch)
+
+
+@cache
+def start(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name][0]().eval()
+
+
+def fresh(name: str) -> nn.Module:
+    return NETWORKS[name][0]().eval()  # other numbers
+
+
+def in_a_plain_loop(model: bitfront.QuantizedModel, name: str) -> None:
+    _, data, loss = NETWORKS[name]
+    optimizer = model.optimizer(torch.optim.AdamW(model.network.parameters(), 1e-3))
+    model.train()
+    for batch in data(4):
+        optimizer.zero_grad()
+        (loss(model, batch) + model.penalty()).backward()
+        nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+
+
+class Module(pl.LightningModule):
+    def __init__(self, model: bitfront.QuantizedModel, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.loss(self.model, batch) + self.model.penalty()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.model.optimizer(torch.optim.AdamW(self.model.network.parameters(), 1e-3))
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def under_lightning(model: bitfront.QuantizedModel, name: str) -> None:
+    _, data, loss = NETWORKS[name]
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", gradient_clip_val=1.0, accumulate_grad_batches=2, **dict.fromkeys(quiet, False)
+    )
+    trainer.fit(Module(model.train(), loss), DataLoader(data(4), batch_size=None))
+    model.eval()
+
+
+def check_stored(model: bitfront.QuantizedModel, name: str, path: Path) -> None:
+    """The file holds what the model computes, and says how large it is."""
+    batch = NETWORKS[name][1](1)[0]
+    size = model.save(path)
+    again = bitfront.load(path, into=fresh(name))
+    assert torch.equal(outputs(again, batch), outputs(model, batch)) and size == path.stat().st_size
+    assert f"file: {size:,} bytes" in model.summary()
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_is_quantized_after_training(name: str, method: str, tmp_path: Path) -> None:
+    network, data = start(name), NETWORKS[name][1](4)
+    before = copy.deepcopy(network.state_dict())
+    model = bitfront.quantize(network, CALIBRATED[method], data)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert set(model.names) == set(bitfront.prepare(fresh(name), LSQ(**SMALL)).names) and len(model.names) >= 3
+    check_stored(model, name, tmp_path / "net.safetensors")
+    exact, found = outputs(network, data[0]), outputs(model, data[0])
+    assert 0 < (found - exact).square().sum() < (0.8 if method == "decoupleq" else 0.2) * exact.square().sum()
+
+
+@pytest.mark.parametrize("loop", [in_a_plain_loop, under_lightning])
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_is_trained(name: str, method: str, loop: Callable[..., None], tmp_path: Path) -> None:
+    network = copy.deepcopy(start(name))
+    model = bitfront.prepare(network, TRAINED[method])
+    learned = {key: p.detach().clone() for key, p in model.named_parameters()}
+    loop(model, name)
+    still = {key for key, p in model.named_parameters() if torch.equal(p, learned[key])}
+    assert not {key for key in still if key.startswith("quantizers.")}
+    assert len(still) < 0.2 * len(learned)
+    check_stored(model, name, tmp_path / "net.safetensors")
+
+
+def test_a_decoder_gets_the_same_codes_with_and_without_its_cache() -> None:
+    data = [{"input_ids": batch["input_ids"]} for batch in tokens(4)]
+
+    def found(use_cache: bool) -> dict[str, Tensor]:
+        model = bitfront.quantize(
+            start("decoder"), GPTQ(bits=3, **SMALL), data, forward=lambda net, b: net(**b, use_cache=use_cache)
+        )
+        assert len(model.log["layers"]) == 15 and all(entry["loss"] > 0 for entry in model.log["layers"])
+        return {name: packed.codes for name, packed in model.encode().items()}
+
+    cached, plain = found(True), found(False)
+    assert all(torch.equal(cached[name], plain[name]) for name in plain)
+
+
+def test_what_is_blind_in_strange_networks_is_said() -> None:
+    tagger = bitfront.quantize(start("tagger"), GPTQ(**SMALL), tagged(2)).summary()
+    assert re.search(r"rounded blind, .*: 4 tensors, [\d,]+ bytes, [\d.]+ %: lstm.weight_ih_l0 \(lstm\)", tagger)
+    unet = bitfront.quantize(start("unet"), GPTQ(**SMALL), NETWORKS["unet"][1](2)).summary()
+    assert "2 tensors" in unet and "up.0.weight (conv_transpose1d)" in unet
+    whole = bitfront.quantize(start("convnet"), GPTQ(), classified(2)).summary()
+    float_share = re.search(
+        r"float, at most 2,621 values \(min_size\): (\d+) tensors, ([\d,]+) bytes, ([\d.]+) %", whole
+    )
+    small = [p for p in start("convnet").parameters() if p.numel() <= 2621]
+    assert float_share and int(float_share[1]) == len(small)
+    assert int(float_share[2].replace(",", "")) == sum(4 * p.numel() for p in small)
+
+
+def test_wrappers_are_taken_off() -> None:
+    plain = bitfront.quantize(start("unet"), RTN(**SMALL))
+    for wrapped in (torch.compile(start("unet"), backend="eager"), nn.DataParallel(start("unet"))):
+        model = bitfront.quantize(wrapped, RTN(**SMALL))
+        assert model.names == plain.names
+
+
+@pytest.mark.parametrize("method", [DiffQ(penalty=5, **SMALL), LSQ(bits=4, **SMALL)])
+def test_compiled_models_train_and_measure_the_same(method: Any) -> None:
+    def run(compiled: bool) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model = bitfront.prepare(copy.deepcopy(start("unet")), method)
+        net = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 0.1))
+        x = rows(4, 1, 32)
+        loss = F.mse_loss(net(x), x) + model.penalty()
+        loss.backward()
+        optimizer.step()
+        model.eval()
+        return loss.item(), outputs(net, x)
+
+    (loss, y), (wanted, exact) = run(True), run(False)
+    assert loss == pytest.approx(wanted, rel=1e-4)
+    torch.testing.assert_close(y, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_trains_what_full_precision_does() -> None:
+    def gradients(on: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = bitfront.prepare(copy.deepcopy(start("unet")), LSQ(bits=8, **SMALL))
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = F.mse_loss(model(rows(4, 1, 32)).float(), rows(4, 1, 32))
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    low, full = gradients(True), gradients(False)
+    assert low.keys() == full.keys()
+    for name in full:
+        assert F.cosine_similarity(low[name].float().flatten(), full[name].flatten(), dim=0) > 0.9, name
+
+
+def test_only_the_weights_are_scheduled_and_clipped() -> None:
+    """With DiffQ's widths in the loop, weights and rates move exactly as they would without them."""
+
+    def trained(penalty: float) -> bitfront.QuantizedModel:
+        torch.manual_seed(0)
+        model = bitfront.prepare(nn.Sequential(nn.Linear(64, 64)), DiffQ(penalty=penalty, noise="uniform", **SMALL))
+        optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 0.1))
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(rows(4, 64)).square().mean() + model.penalty()).backward()
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]  # as Lightning clips
+            nn.utils.clip_grad_norm_(parameters, 0.01)
+            optimizer.step()
+            schedule.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+        logits = next(model.quantizers.parameters())
+        assert (logits.detach() - model.method.initial_logit()).abs().max() == pytest.approx(3e-3, rel=1e-2)
+        return model
+
+    few, many = trained(1.0), trained(1e6)
+    noise_alone = (few.network[0].bias - many.network[0].bias).abs().max()
+    assert noise_alone < 1e-4 * 0.01 * 3
+
+
+def test_an_optimizer_of_another_network_is_refused() -> None:
+    model = bitfront.prepare(nn.Linear(64, 64), LSQ(**SMALL))
+    with pytest.raises(BitfrontError, match="make it of network"):
+        model.optimizer(torch.optim.SGD(nn.Linear(64, 64).parameters(), 0.1))
+
+
+def test_methods_are_for_one_of_the_two() -> None:
+    with pytest.raises(BitfrontError, match=r"bitfront\.quantize"):
+        bitfront.prepare(nn.Linear(64, 64), GPTQ())
+    with pytest.raises(BitfrontError, match=r"bitfront\.prepare"):
+        bitfront.quantize(nn.Linear(64, 64), LSQ())  # type: ignore[arg-type]
+
+
+def test_the_joint_optimizer_goes_on_from_its_state() -> None:
+    def steps(model: bitfront.QuantizedModel, optimizer: Any, n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            (model(rows(4, 64)).square().mean() + model.penalty()).backward()
+            optimizer.step()
+
+    def made() -> tuple[bitfront.QuantizedModel, Any]:
+        torch.manual_seed(0)
+        method = DiffQ(penalty=5, noise="uniform", **SMALL)
+        model = bitfront.prepare(nn.Sequential(nn.Linear(64, 64)), method)
+        return model, model.optimizer(torch.optim.Adam(model.network.parameters(), 1e-2))
+
+    model, optimizer = made()
+    steps(model, optimizer, 3)
+    other, resumed = made()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (other, resumed)):
+        torch.manual_seed(1)
+        steps(*each, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def examples() -> list[str]:
+    """README's python blocks that use the library."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    return [block for block in blocks if "import bitfront\n" in block]
+
+
+@pytest.mark.parametrize("n", range(2))
+def test_readmes_examples_run_as_written(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(examples()) == 2
+    net = convnet()
+    names: dict[str, Any] = {
+        "net": net,
+        "MyNet": convnet,
+        "loader": DataLoader(TensorDataset(rows(8, 3, 32, 32), torch.arange(8) % 5), batch_size=4),
+    }
+    exec(examples()[n], names)
+    assert (tmp_path / "net.safetensors").stat().st_size < 0.5 * sum(4 * p.numel() for p in net.parameters())
+    assert n or "file: " in capsys.readouterr().out
+
+
+def test_another_program_gets_the_same_outputs(tmp_path: Path) -> None:
+    """It has the file and the network's class, and nothing else of ours."""
+    x = rows(4, 3, 32, 32)
+    model = bitfront.quantize(start("convnet"), DecoupleQ(bits=2, J=1), classified(4))
+    model.save(tmp_path / "net.safetensors")
+    torch.save((x, outputs(model, x)), tmp_path / "wanted.pt")
+    code = """
+import bitfront, torch, torchvision
+x, wanted = torch.load("wanted.pt")
+net = bitfront.load("net.safetensors", into=torchvision.models.shufflenet_v2_x0_5(num_classes=5)).eval()
+with torch.no_grad():
+    print(torch.equal(net(x), wanted))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
