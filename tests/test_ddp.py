@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cli, command
-from torch import distributed, multiprocessing
+from torch import Tensor, distributed, multiprocessing, nn
 
+import bitfront
 from bitfront.cells import compose
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import read_all
@@ -47,3 +48,41 @@ def test_metrics_are_the_same_on_one_and_two_processes(tmp_path: Path) -> None:
     assert both[0] == both[1]
     for name in TASKS:
         assert both[0][name] == pytest.approx(measured(name), rel=1e-5, abs=1e-6), name
+
+
+def steps(model: bitfront.QuantizedModel, called: nn.Module, x: Tensor) -> dict[str, list[float]]:
+    """A few steps of a plain loop with a penalty; all that is learned, after them."""
+    optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (called(x).square().mean() + model.penalty()).backward()
+        optimizer.step()
+    return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+
+
+def prepared(name: str) -> tuple[bitfront.QuantizedModel, Tensor]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    method = bitfront.LSQ(bits=3, min_size=0.001) if name == "lsq" else bitfront.DiffQ(penalty=3, min_size=0.001)
+    model = bitfront.prepare(network, method)
+    return model, torch.randn(8, 32)
+
+
+def train(rank: int, folder: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, x = prepared(name)
+    found = steps(model, nn.parallel.DistributedDataParallel(model), x[4 * rank : 4 * rank + 4])
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["lsq", "diffq"])
+def test_a_loop_of_ones_own_learns_the_same_in_two_processes(name: str, tmp_path: Path) -> None:
+    multiprocessing.spawn(train, (tmp_path, name), 2)
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] == both[1]
+    if name == "lsq":  # without noise, which differs between processes
+        model, x = prepared(name)
+        for key, values in steps(model, model, x).items():
+            assert both[0][key] == pytest.approx(values, rel=1e-4, abs=1e-5), key

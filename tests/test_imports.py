@@ -15,14 +15,14 @@ from bitfront.commands import COMMANDS
 
 PACKAGE = REPOSITORY / "src" / "bitfront"
 FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
-BASE = {"errors", "shipped", "console", "processes"}
+BASE = {"errors", "shipped", "console", "processes", "progress", "ranges"}
 MAY = {  # what each floor may import, besides itself
-    **{name: {"errors", "shipped"} for name in BASE},
-    "quant": {"errors"},
+    **{name: {"errors", "shipped", "processes"} for name in BASE},
+    "quant": {"errors", "ranges"},
     "models": {"errors"},
-    "data": {"errors", "shipped"},
-    "tasks": {"data", "models", "errors", "processes"},
-    "cells": {"tasks", "quant", "data", *BASE},
+    "data": {"errors", "shipped", "progress"},
+    "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},
+    "cells": {"tasks", "models", "quant", "library", "data", *BASE},
     "sweeps": {"cells", *BASE},
     "reports": {"cells", *BASE},
     "commands": {"sweeps", "reports", "cells", "tasks", "quant", "data", *BASE},

@@ -402,7 +402,7 @@ def test_filters(tmp_path: Path) -> None:
         (("/nowhere",), "no finished runs in '/nowhere'"),
         (("colour=red",), "unknown option"),
         (("max_size=big",), "takes a number"),
-        ((str(RECORDS), "method=none"), "no run in"),
+        ((str(RECORDS), "method=none"), "no run of method=none"),
         ((str(RECORDS), "task=vit", "readme=README.md"), "filled from all runs"),
     ],
 )

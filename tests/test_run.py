@@ -224,12 +224,12 @@ KILLED_CALIBRATING = """
 import os, signal, sys
 from bitfront.cells.cell import Cell
 from bitfront.quant import calibration
-real = calibration.quantize
+real = calibration.quantize_block
 def quantize(*arguments):
     if arguments[-1] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-calibration.quantize = quantize
+calibration.quantize_block = quantize
 Cell(sys.argv[1:]).execute()
 """
 
@@ -244,7 +244,7 @@ def test_killed_after_some_blocks_and_rerun_ends_like_an_uninterrupted_run(
     code = KILLED if "quant.sft=true" in words else KILLED_CALIBRATING
     assert killed(code, [*words, f"root={tmp_path / 'a'}"]) == -signal.SIGKILL
     path = only(tmp_path / "a", "decoupleq")
-    assert (path / "blocks" / "0000.pt").is_file() and not (path / "record.json").exists()
+    assert list(path.glob("blocks/*/0000.pt")) and not (path / "record.json").exists()
     resumed, straight = (cli("run", *words, f"root={tmp_path / name}") for name in "ab")
     assert resumed.returncode == straight.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
@@ -295,7 +295,6 @@ def test_report_of_the_runs(root: Path, tmp_path: Path) -> None:
         (("quant=rtn", "bits=16", "init_from=null"), "1..15, got 16"),
         (("quant=gptq", "train.epochs=3"), "quant=gptq does not train, so train.epochs means nothing"),
         (("quant=gptq", "quant.layers=3"), "quant.layers takes a mapping"),
-        (("quant=gptq", "group_size=5"), "group_size does not divide the rows of 'blocks.0.attn.qkv.weight'"),
         (("trainer.devices=0",), "trainer.devices is positive"),
         (("task=vit_cifar10", "smoke=false", "data_root=/nowhere"), "no images in '/nowhere/cifar10"),
         (("root=/proc/nowhere",), "choose another root"),

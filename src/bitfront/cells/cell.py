@@ -34,8 +34,12 @@ class Cell:
 
     @cached_property
     def config(self) -> compose.Config:
-        """What the words mean."""
-        return compose.load(self.words)
+        """What the words mean.
+
+        Raises:
+            BitfrontError: they do not fit, or data of the user's is not there.
+        """
+        return compose.fingerprinted(compose.load(self.words))
 
     @cached_property
     def start(self) -> Cell | None:
@@ -60,7 +64,9 @@ class Cell:
             self._origin = Origin(record.artifact, record.artifact_sha256) if record else None
         elif self._origin is None and place is not None:
             if not Path(place).is_file():
-                raise BitfrontError(f"init_from={place}: no such file; give a model.safetensors, or float, or null")
+                raise BitfrontError(
+                    f"init_from={place}: no such file; give a model.safetensors or .pth, or float, or null"
+                )
             self._origin = Origin(place, sha256(Path(place)))
         return self._origin
 

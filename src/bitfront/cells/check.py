@@ -1,10 +1,11 @@
-"""Checking a command line before anything heavy is imported: the yaml files are the schema, a word must name a key that
-they have, with a value of that key's type.
+"""Checking a command line before anything heavy is imported. The yaml files are the schema: a word must name a key that
+they have, with a value of that key's type; the classes say which values are in range.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from bitfront.cells import compose
+from bitfront.cells.compose import Config
 from bitfront.cells.identity import calibrated
 from bitfront.errors import BitfrontError
+from bitfront.ranges import Ranges, declared, refuse
+from bitfront.tasks.recipe import Recipe
 
 CHOICES = {
     "wandb": ("auto", "online", "offline", "disabled"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
 }
+TRAINER: Ranges = {"devices": "1..", "accumulate_grad_batches": "1.."}
+OF_COMMANDS = ("recipe", "dry_run")  # words of the command ``run`` that are no keys of a cell
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -33,7 +39,8 @@ TYPES = {
 
 
 def check(words: Sequence[str]) -> None:
-    """Refuse words that do not fit the configuration, sweeps included.
+    """Refuse words that do not fit the configuration, sweeps included: first those that name nothing, then values of
+    another type.
 
     Raises:
         BitfrontError: naming the choices, or the closest key.
@@ -55,12 +62,43 @@ def check(words: Sequence[str]) -> None:
             chosen[key] = _choices(override)
     for group in compose.CELL:
         chosen.setdefault(group, [compose.default(group)])
-    for choice in itertools.product(*chosen.values()):
-        pair = dict(zip(chosen, choice, strict=True))
-        config = compose.files(**pair)
-        for override in overrides:
-            if override.key_or_group not in compose.GROUPS:
-                _check_key(config, override, pair["quant"], overrides)
+    pairs = [dict(zip(chosen, choice, strict=True)) for choice in itertools.product(*chosen.values())]
+    plain = [override for override in overrides if override.key_or_group not in compose.GROUPS]
+    for refused in (_check_key, _check_value):
+        for pair in pairs:
+            for override in plain:
+                refused(compose.files(**pair), override, pair["quant"], plain)
+
+
+def check_values(config: Config) -> None:
+    """Refuse values that are out of range, as the objects made of them do, which need torch.
+
+    Raises:
+        BitfrontError: with the range.
+    """
+    values = config.values
+    recipe_of(config)
+    for group, name in zip(compose.CELL, (config.task, config.method), strict=True):
+        label = functools.partial(_typed, values, group)
+        refuse({"seed": values["seed"], **values[group]}, declared(compose.target(group, name)), label)
+    refuse(values["trainer"], TRAINER, "trainer.{}".format)
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The recipe of a configuration.
+
+    Raises:
+        BitfrontError: its values do not fit.
+    """
+    try:
+        return Recipe(**config.values["train"])
+    except TypeError as error:
+        raise BitfrontError(f"train.* of task={config.task}: {error}") from None
+
+
+def _typed(values: Mapping[str, Any], group: str, key: str) -> str:
+    """The word by which a user sets a key: the knob of its name, if there is one."""
+    return key if key in values else f"{group}.{key}"
 
 
 def check_type(key: str, default: Any, value: Any) -> None:
@@ -130,18 +168,21 @@ def _check_key(config: DictConfig, override: Override, method: str, overrides: l
         raise BitfrontError(
             f"'{key}' is a fact of the task, in its yaml; a cell sets train.*, quant.min_size, quant.samples and so on"
         )
-    known = [k for k in _keys(config) if not compose.names(k, "hydra", *compose.BLOCKS)]
+    known = [k for k in _keys(config) if not compose.names(k, "hydra", *compose.BLOCKS) and k != "task.fingerprint"]
     if key not in known:
         short = [k for k in known if "." not in k and not OmegaConf.is_config(config[k])]
         short += [k for k in known if k.startswith("quant.") and k != "quant._target_"]
-        raise BitfrontError(
-            f"quant={method} has no option '{key}'; {closest(key, known)}options: {', '.join(short)}, task.*, train.*"
-        )
+        near = closest(key, [*known, *OF_COMMANDS])
+        raise BitfrontError(f"quant={method} has no option '{key}'; {near}options: {', '.join(short)}, task.*, train.*")
     if key.startswith("train.") and calibrated(config) and not (config.quant.sft or _sets(overrides, "quant.sft")):
         raise BitfrontError(
             f"quant={method} does not train, so {key} means nothing to it; for another float start run quant=float "
             "with it and give init_from=<its artifact>; quant.sft=true fine-tunes"
         )
+
+
+def _check_value(config: DictConfig, override: Override, method: str, overrides: list[Override]) -> None:
+    key = override.key_or_group
     default = OmegaConf.select(config, key)
     interval = override.value()
     if isinstance(interval, IntervalSweep) and type(default) is not type(interval.start):

@@ -31,7 +31,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitfront.cells.identity import calibrated
+from bitfront.cells.identity import FINGERPRINT, calibrated
+from bitfront.data.folders import find, fingerprint
 from bitfront.errors import BitfrontError, first_line
 from bitfront.shipped import module, shipped
 
@@ -130,6 +131,26 @@ def load(words: Sequence[str]) -> Config:
     return Config(task, method, values, _setting(task, method, typed, found))
 
 
+def fingerprinted(config: Config) -> Config:
+    """The configuration with what identifies the user's own data, and a network in a folder, if it is of such a task.
+
+    Raises:
+        BitfrontError: no data is given, or there is none.
+    """
+    values = config.values
+    data, network = values["task"].get("data"), str(values["task"].get("network"))
+    if FINGERPRINT in values["task"] and data != "generated":
+        if str(data).startswith("<"):
+            raise BitfrontError(f"task={config.task} needs data={data}")
+        places = [find(str(data), values["data_root"])]
+        if network.startswith("hf:"):
+            places.append(Path(network[3:]))
+            if not places[1].is_dir():
+                raise BitfrontError(f"model={network}: there is no folder '{places[1]}'")
+        values["task"][FINGERPRINT] = "-".join(fingerprint(place, values["data_root"]) for place in places)
+    return config
+
+
 def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictConfig) -> str:
     usual = _usual(task, method, bool(found.smoke), *searchpath())
     of_method, of_task = knobs("quant", method), {knob for knob, _ in knobs("task", task)}
@@ -137,7 +158,8 @@ def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictC
     for key, o in typed.items():
         shown = key in of_task or (key.startswith(SHOWN) and key != "trainer.accelerator")
         if shown and OmegaConf.select(usual, key) != OmegaConf.select(found, key):
-            told.append(f"{key}={(o.input_line or '').partition('=')[2]}")
+            value = o.value()  # of which a sweep escapes some characters
+            told.append(f"{key}={value if isinstance(value, str) else (o.input_line or '').partition('=')[2]}")
     return " ".join(told)
 
 

@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from bitfront.cells import compose
 from bitfront.cells.batchnorm import batch_norms, reestimate
+from bitfront.cells.check import check_values, recipe_of
 from bitfront.cells.compose import Config
 from bitfront.cells.identity import trains
 from bitfront.cells.provenance import environment, peak_memory
@@ -23,15 +24,17 @@ from bitfront.cells.runs import Origin, Run
 from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit
 from bitfront.cells.training import Training
+from bitfront.cells.usage import networks
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes, rank
-from bitfront.quant.artifact import Artifact
+from bitfront.progress import phase
+from bitfront.quant.artifact import Artifact, float_bytes
 from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import Float, Method
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.plan import Calibration
+from bitfront.quant.weights import load_weights
 from bitfront.tasks.core import Task, to_device
-from bitfront.tasks.recipe import Recipe
 
 
 def build_task(config: Config) -> Task:
@@ -40,14 +43,17 @@ def build_task(config: Config) -> Task:
     Raises:
         BitfrontError: its values do not fit.
     """
-    values = config.values
+    values, recipe = config.values, recipe_of(config)
+    shared = {"recipe": recipe, "data_root": values["data_root"], "seed": values["seed"]}
     try:
-        recipe = Recipe(**values["train"])
-    except TypeError as error:
-        raise BitfrontError(f"train.* of task={config.task}: {error}") from None
-    return _built(
-        "task", config.task, values["task"], recipe=recipe, data_root=values["data_root"], seed=values["seed"]
-    )
+        task: Task = _built("task", config.task, values["task"], **shared)
+    except BitfrontError as error:
+        if f"there is no model={values.get('model')}" not in str(error):
+            raise
+        raise BitfrontError("\n".join([f"{error}\nmodel= takes", *networks()])) from None
+    if not recipe.epochs and values["init_from"] is None and not task.pretrained:
+        raise BitfrontError("train.epochs=0 only measures; give init_from=<file>, or epochs to train from scratch")
+    return task
 
 
 def build_method(config: Config) -> Method:
@@ -111,6 +117,7 @@ def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record 
     """The record; None in all processes but the first."""
     trainer = config.values["trainer"]
     device = torch.device(accelerator(trainer["accelerator"]))
+    check_values(config)
     task, method = build_task(config), build_method(config)
     check_trainer(trainer, device)
     stages: dict[str, dict[str, float]] = {}
@@ -119,7 +126,8 @@ def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record 
     history: list[dict[str, float]] = []
     tracker = Tracker(config.values["wandb"] if rank() == 0 else "disabled", head, run.path)
     try:
-        if trains(config.values) and not (task.pretrained and isinstance(method, Float)):
+        pretrained = task.pretrained and isinstance(method, Float)
+        if trains(config.values) and task.recipe.epochs and not pretrained:
             training = Training(model, task, method, run.checkpoint, tracker)
             with _measured("train", stages):
                 fit(training, trainer)
@@ -175,11 +183,10 @@ def evaluate(task: Task, artifact: Path, device: torch.device) -> dict[str, dict
 
 def sizes(model: QuantizedModel, artifact: Path) -> Sizes:
     """Bytes of the file (the size that counts), of its tensors, and of the float network's; MB by the papers' rule."""
-    state = model.network.state_dict(keep_vars=True).values()
     return Sizes(
         file=artifact.stat().st_size,
         payload=Artifact.load(artifact).payload,
-        float=sum(t.numel() * t.itemsize for t in {id(t): t for t in state}.values()),
+        float=float_bytes(model.network),
         rule_mb=model.megabytes().item(),
         parameters=sum(p.numel() for p in model.network.parameters()),
     )
@@ -193,9 +200,10 @@ def _attached(
     if isinstance(method, PostTraining) and device.type == "mps":
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
     pl.seed_everything(task.seed, verbose=False)
-    network = task.model() if origin else task.initial()
-    if origin:
-        Artifact.load(origin.path).load_into(network)
+    with phase("building the network"):
+        network = task.model() if origin else task.initial()
+        if origin:
+            load_weights(Path(origin.path), network)
     if method.reestimate_bn and not batch_norms(network):
         raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
     if config.values["smoke"]:

@@ -34,14 +34,16 @@ BORN: dict[str, Any] = {
     "quant.layers": None,
 }
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on
+FINGERPRINT = "fingerprint"  # of the user's own data, of the tasks that have it
 PLACES = ("accelerator",)  # of the trainer: where a cell runs
 
 
 def identity(task: str, method: str, config: Mapping[str, Any], init: str | None) -> str:
     """The id of a cell: of its names, its values, its seed and what it starts from.
 
-    Not of the folders of runs and data, the accelerator and the tracking, nor, where nothing is trained, of the recipe
-    (but for what batch norms are measured on): none of them changes the result, which ``tests/test_identity.py`` shows.
+    Not of the folders of runs and data (the user's own data count by their content), the accelerator and the tracking,
+    nor, where nothing is trained, of the recipe (but for what batch norms are measured on): none of them changes the
+    result, which ``tests/test_identity.py`` shows.
 
     Args:
         task, method: names of the choices.
@@ -49,6 +51,8 @@ def identity(task: str, method: str, config: Mapping[str, Any], init: str | None
         init: hash of the artifact that the cell starts from.
     """
     kept: dict[str, Any] = {key: config[key] for key in ("task", "quant")}
+    if FINGERPRINT in config["task"]:  # which says more than where the data are
+        kept["task"] = {key: value for key, value in config["task"].items() if key != "data"}
     if trains(config):
         kept["train"] = config["train"]
     elif config["quant"].get("reestimate_bn"):

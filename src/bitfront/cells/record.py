@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from bitfront.cells.compose import command
 from bitfront.cells.identity import identity
+from bitfront.quant.log import blind
 
 SCHEMA = "bitfront/record/2"
 FILE = "record.json"
@@ -128,12 +129,23 @@ class Record(Head):
         return self.metrics.get(split, {}).get(self.primary.name)
 
     def summary(self) -> str:
-        """One line: metric, size, ratio, file."""
+        """One line: metric, size, ratio, what is float or was rounded blind, file."""
         cell = f"{self.task} {self.method} {self.setting}".strip()
         return (
-            f"{cell}: {self.primary.name} {self.primary.value:.4g}, "
-            f"{self.sizes.file:,} bytes, {self.sizes.float / self.sizes.file:.2f}x smaller than float  {self.artifact}"
+            f"{cell}: {self.primary.name} {self.primary.value:.4g}, {self.sizes.file:,} bytes, "
+            f"{self.sizes.float / self.sizes.file:.2f}x smaller than float{self._remarks()}  {self.artifact}"
         )
+
+    def _remarks(self) -> str:
+        if not self.widths:
+            return ""
+        size = {name: sum(bits * n for bits, n in enumerate(counts)) / 8 for name, counts in self.widths.items()}
+        unquantized = 4 * (self.sizes.parameters - sum(map(sum, self.widths.values())))
+        told = f", {100 * unquantized / self.sizes.file:.0f} % of it float"
+        if unseen := blind(self.calibration.get("layers", [])):
+            share = 100 * sum(size[name] for name in unseen) / self.sizes.file
+            told += f", {share:.0f} % rounded blind ({', '.join(dict.fromkeys(unseen.values()))})"
+        return told
 
     def as_json(self) -> dict[str, Any]:
         """The content of its file."""

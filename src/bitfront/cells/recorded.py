@@ -1,5 +1,6 @@
 """What a file says of its task. It names the task; the configuration of that name is ours, or the user's own, and the
-values that the file has are checked against it: nothing of a file decides which code runs or which place is read.
+values that the file has are checked against it: nothing of a file decides which code runs, or which place is read but
+for the user's own data.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import yaml
 from bitfront.cells import compose
 from bitfront.cells.check import check_choice, check_type, closest
 from bitfront.cells.compose import Config
+from bitfront.cells.identity import FINGERPRINT
 from bitfront.errors import ArtifactError, BitfrontError
 
 OF_TRAINING = ("batch_size",)  # of which the digits of a metric depend
@@ -43,8 +45,9 @@ def recorded(about: Any, where: str, words: Sequence[str] = ()) -> Config:
     typed = _typed(words, ours)
     training = {key: config.values["train"][key] for key in OF_TRAINING}
     try:
-        told = _mapping("task", values.get("task", {}))
-        ours |= _checked("task", {key: value for key, value in told.items() if key not in typed}, ours)
+        told = {key: value for key, value in _mapping("task", values.get("task", {})).items() if key not in typed}
+        own = _own_data(told) if FINGERPRINT in ours else {}
+        ours |= own | _checked("task", {key: value for key, value in told.items() if key not in own}, ours)
         config.values["train"] |= _checked("train", _mapping("train", values.get("train", {})), training)
     except BitfrontError as error:
         raise ArtifactError(f"'{where}' is not of a run of ours: {error}") from None
@@ -66,6 +69,15 @@ def _typed(words: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
             raise BitfrontError(f"'{word}' is no value") from None
         check_type(path, known[key], found[key])
     return found
+
+
+def _own_data(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run found the user's own data, which are only read, and what they were; of the file's values."""
+    own = {key: told[key] for key in ("data", FINGERPRINT) if key in told}
+    for key, value in own.items():
+        if not isinstance(value, str) and (key == "data" or value is not None):
+            raise BitfrontError(f"task.{key} takes no {value!r}")
+    return own
 
 
 def _checked(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

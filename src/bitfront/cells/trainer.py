@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import sys
+import signal
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -15,24 +15,21 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from tqdm import tqdm
 
 from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
+from bitfront.progress import Bar
 
 
 class Progress(pl.Callback):
-    """One bar over the whole training with the last epoch's numbers; in a log file, a line every half minute."""
+    """One bar over the whole training with the last epoch's numbers."""
 
     def on_train_start(self, trainer: pl.Trainer, training: pl.LightningModule) -> None:
         parts = trainer.accumulate_grad_batches
-        self.bar = tqdm(
+        self.bar = Bar(
             total=int(trainer.estimated_stepping_batches) * parts,
             initial=trainer.global_step * parts,
-            disable=not trainer.is_global_zero,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
             unit="step",
-            leave=False,
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, training: pl.LightningModule, *_: Any) -> None:
@@ -75,16 +72,23 @@ def accelerator(wanted: str) -> str:
 
 
 def check_trainer(trainer: dict[str, Any], device: torch.device) -> None:
-    """Refuse values of the trainer that do not fit, and a precision that this device would take for another one.
+    """Refuse a precision that this device would take for another one.
 
     Raises:
         BitfrontError: with one that it has.
     """
-    for name in ("devices", "accumulate_grad_batches"):
-        if trainer[name] < 1:
-            raise BitfrontError(f"trainer.{name} is positive, got {trainer[name]}")
     if trainer["precision"] == "16-mixed" and device.type != "cuda":
         raise BitfrontError("trainer.precision=16-mixed is for GPUs; choose bf16-mixed or 32-true here")
+
+
+def epochs(path: Path) -> int:
+    """How many a checkpoint has behind it.
+
+    Raises:
+        BitfrontError: it is damaged.
+    """
+    check_checkpoint(path)
+    return len(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["bitfront"]["history"])
 
 
 def check_checkpoint(path: Path) -> None:
@@ -132,9 +136,13 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         num_sanity_val_steps=0,
         callbacks=[Progress()],
     )
+    handler = signal.getsignal(signal.SIGINT)
     try:
         runner.fit(training, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # which would end the process as if all were well
+        raise KeyboardInterrupt from None
+    except SystemExit:  # Lightning's answer to Ctrl-C, to which it then is deaf
+        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
     except torch.OutOfMemoryError as error:
         raise BitfrontError(f"the GPU's memory is full ({error}); lower train.batch_size") from None

@@ -59,7 +59,7 @@ class Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         own = list(self.model.quantizers.parameters())
-        together = [] if self.method.optimizer(own) else own
+        together = own if own and self.method.optimizer(own) is None else []
         main = self.recipe.optimizer([*self.model.network.parameters(), *together], self.task.decays)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer = self.model.optimizer(main, scaler)

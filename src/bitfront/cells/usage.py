@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import yaml
+
 from bitfront.cells import compose
 from bitfront.shipped import module
 
@@ -16,9 +22,13 @@ def usage() -> str:
         f"  {run} -m task=vit quant=diffq penalty=0.5,1,2,5,10    a sweep; finished cells are skipped",
         f"  {run} -m task=vit,lm quant=diffq penalty=0.5,2,8 cluster=local    on two workers",
         f"  {run} recipe=diffq/cifar10 data_root=/data    all cells of a published table",
+        f"  {run} recipe=diffq/cifar10 dry_run=true    which they are, and how long they take; starts nothing",
         "",
         "Tasks (task=) and their knobs:",
         *_listed("task"),
+        "",
+        "Networks (model=), of the tasks that have a choice:",
+        *networks(),
         "",
         "Methods (quant=) and their knobs:",
         *_listed("quant"),
@@ -43,6 +53,20 @@ def usage() -> str:
     return "\n".join(lines).replace("=None", "=null").replace("=False", "=false")
 
 
+def networks() -> list[str]:
+    """What ``model=`` takes, and which tasks take it: their defaults, and what the comments beside them name."""
+    tasks: dict[frozenset[str], list[str]] = defaultdict(list)
+    texts: dict[frozenset[str], str] = {}
+    for name in compose.options("task"):
+        if "model" in dict(compose.knobs("task", name)):
+            found = _choices("task", name, "model")
+            covered = tuple(choice.removesuffix("<name>") for choice in found if choice.endswith(".<name>"))
+            kept = [choice for choice in dict.fromkeys(found) if "<" in choice or not choice.startswith(covered)]
+            tasks[frozenset(kept)].append(name)
+            texts.setdefault(frozenset(kept), " | ".join(kept))
+    return [line for key, text in texts.items() for line in (f"  {text}", f"{'':24}task={', '.join(tasks[key])}")]
+
+
 def _listed(group: str) -> list[str]:
     lines = []
     for name in compose.options(group):
@@ -54,3 +78,16 @@ def _listed(group: str) -> list[str]:
 def _description(group: str, name: str) -> str:
     lines = compose.file(group, name).read_text().splitlines()
     return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
+
+
+def _choices(group: str, name: str, key: str) -> list[str]:
+    """A key's default in the yaml of a choice and what the comment beside it names; without one, likewise in the yaml
+    that it builds on.
+    """
+    text = compose.file(group, name).read_text()
+    found = re.search(rf"^{key}: (.*?)(?:  # (.*))?$", text, re.MULTILINE)
+    own = [found[1], *found[2].split(" | ")] if found and found[2] else [found[1]] if found else []
+    if len(own) > 1:
+        return own
+    parts = [part for part in yaml.safe_load(text).get("defaults", []) if isinstance(part, str) and part != "_self_"]
+    return own + [choice for part in parts for choice in _choices(group, str(Path(name).parent / part), key)]

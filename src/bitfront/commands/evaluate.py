@@ -3,6 +3,7 @@
 python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
 python -m src.evaluate artifact=runs/asr/lsq/<id>/model.safetensors task.beam=50    otherwise than in its run
 python -m src.evaluate artifact=<file> task=vit                                     a file that does not name its task
+python -m src.evaluate artifact=<file> data=<folder>                                on other data of your own
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitfront.cells import compose
+from bitfront.cells.identity import FINGERPRINT
 from bitfront.cells.record import FILE, Record, read
 from bitfront.cells.recorded import recorded
 from bitfront.commands.options import options
@@ -45,7 +48,7 @@ def main(words: list[str]) -> None:
     if not words:
         CONSOLE.print(usage())
         return
-    changes = [word for word in words if word.startswith("task.")]
+    changes = [word for word in words if word.startswith(("task.", "data="))]
     chosen = options(Options, [word for word in words if word not in changes])
     artifact = Path(chosen.artifact)
     metrics = evaluate(artifact, chosen.data_root, chosen.accelerator, changes, chosen.task)
@@ -53,7 +56,7 @@ def main(words: list[str]) -> None:
     for split, values in metrics.items():
         CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
     record = read(artifact.with_name(FILE))
-    if record and not changes:
+    if record and not differing(changes, record):
         CONSOLE.print(compared(metrics, record))
 
 
@@ -82,6 +85,9 @@ def evaluate(
     about = Artifact.load(artifact).about
     config = recorded(about | {"task": task} if task else about, str(artifact), changes)
     config.values["data_root"] = data_root
+    was = config.values["task"].get(FINGERPRINT)
+    if was not in (None, now := compose.fingerprinted(config).values["task"].get(FINGERPRINT)):
+        CONSOLE.print(f"the data in '{config.values['task']['data']}' are not those of its run ({now}, not {was})")
     training = config.values["train"]  # whose loaders may be for a larger machine
     training["workers"] = min(training["workers"], os.cpu_count() or 1)
     try:
@@ -92,6 +98,14 @@ def evaluate(
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"no network comes of what '{artifact}' says of its task ({error})") from None
     return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)))
+
+
+def differing(changes: Sequence[str], record: Record) -> list[str]:
+    """The words that give a task's key another value than a run had; where the user's own data lie is none."""
+    task = record.config["task"]
+    keys = {word: word.partition("=")[0].removeprefix("task.") for word in changes}
+    places = {"data"} if FINGERPRINT in task else set()
+    return [w for w, key in keys.items() if key not in places and str(task.get(key)) != w.partition("=")[2]]
 
 
 def compared(metrics: Mapping[str, Mapping[str, float]], record: Record) -> str:

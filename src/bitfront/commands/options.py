@@ -27,12 +27,13 @@ def options(schema: type[T], words: Iterable[str]) -> T:
         BitfrontError: an unknown key, or a value of another type.
     """
     known, chosen = [f.name for f in fields(schema)], OmegaConf.structured(schema)  # type: ignore[arg-type]
-    for word in words:
-        key, equals, text = word.partition("=")
+    parts = [(word, *word.partition("=")) for word in words]
+    for word, key, equals, _ in parts:
         if not equals or key not in known:
             raise BitfrontError(
                 f"unknown option '{word}'; {closest(key, known)}options: {', '.join(f'{k}=' for k in known)}"
             )
+    for _, key, _, text in parts:
         kind = type(chosen[key])
         try:
             chosen[key] = text

@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitfront.cells.check import closest
 from bitfront.cells.record import read_all
 from bitfront.commands.options import folder, options
 from bitfront.console import CONSOLE
@@ -101,20 +102,22 @@ def select(root: Path, table: list[Row], chosen: Options) -> list[Row]:
     """The rows that the options ask for.
 
     Raises:
-        BitfrontError: there are none, and what there is.
+        BitfrontError: there are none, and what there is; none of a task, or of a method among those of the tasks.
     """
     if not table:
         raise BitfrontError(
             f"no finished runs in '{root}'; make one with: {module('run')} task=vit quant=diffq penalty=5"
         )
-    asked = {key: getattr(chosen, key).split(",") for key in ("task", "method") if getattr(chosen, key)}
-    kept = [row for row in table if all(getattr(row, key) in names for key, names in asked.items())]
-    kept = [row for row in kept if not chosen.max_size or row.size <= chosen.max_size * MIB]
+    for key in ("task", "method"):
+        names = getattr(chosen, key).split(",") if getattr(chosen, key) else []
+        known = sorted({getattr(row, key) for row in table})
+        for name in names:
+            if name not in known:
+                near = closest(name, known)
+                raise BitfrontError(f"no run of {key}={name} in '{root}'; {near}there are {key}={', '.join(known)}")
+        table = [row for row in table if not names or getattr(row, key) in names]
+    kept = [row for row in table if not chosen.max_size or row.size <= chosen.max_size * MIB]
     if not kept:
-        there = {(row.task, row.method) for row in table}
-        tasks, methods = (", ".join(sorted(set(names))) for names in zip(*there, strict=True))
         smallest = min(row.size for row in table) / MIB
-        raise BitfrontError(
-            f"no run in '{root}' fits; there are task={tasks}, method={methods}, the smallest of {smallest:.3f} MiB"
-        )
+        raise BitfrontError(f"no run in '{root}' fits; the smallest has {smallest:.3f} MiB")
     return kept

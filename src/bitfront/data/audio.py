@@ -24,6 +24,15 @@ REMIXED = 4  # samples between which sources are swapped
 MAX_PITCH, MAX_TEMPO, TEMPO_STD = 2, 12, 5  # semitones, percent, percent: of a change of pitch and tempo
 
 
+@dataclass(frozen=True)
+class Form:
+    """What all songs of a data set have: names of their sources, samples per second, channels."""
+
+    sources: list[str]
+    samplerate: int
+    channels: int
+
+
 @dataclass
 class Song:
     """A song on disk.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,23 @@ class Photos:
         return mixed[: len(indices)], shares[: len(indices)]
 
 
+def view(
+    size: int, training: bool, mean: Sequence[float], std: Sequence[float], **options: Any
+) -> Callable[[Any], Tensor]:
+    """What makes a normalized tensor ``[3, size, size]`` of an image: in training of a part of it, at random, and
+    mirrored or not; else of its middle.
+
+    Args:
+        size: in pixels.
+        training: whether it is for training.
+        mean, std: of the channels in 0..1.
+        options: of timm's ``create_transform``.
+    """
+    from timm.data import create_transform
+
+    return create_transform(size, is_training=training, color_jitter=0.0, mean=tuple(mean), std=tuple(std), **options)
+
+
 def opened(path: str) -> Any:
     """An image file in RGB.
 
@@ -62,7 +79,7 @@ def opened(path: str) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise BitfrontError(f"could not read '{path}': {error}; copy the file again from {SOURCE}") from None
+        raise BitfrontError(f"could not read '{path}': {error}; copy the file again, or take it out") from None
 
 
 def photos(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitfront.data.source import KINDS
 from bitfront.errors import BitfrontError
 from bitfront.shipped import module
 
+SUFFIXES = frozenset(KINDS["images"])
 VALID_SHARE, TEST_SHARE = 0.1, 0.2  # of the digits; of a training folder, VALID_SHARE
 
 
@@ -101,6 +104,21 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
     except (OSError, RuntimeError) as error:
         raise BitfrontError(f"could not read the images of '{root}': {error}") from None
     return Images(pixels, labels[torch.from_numpy(chosen)], crop if split == "train" else 0)
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Refuse files that are no images, by their beginnings; what is cut off shows only when it is read.
+
+    Raises:
+        BitfrontError: naming the first.
+    """
+    from PIL import Image
+
+    for path in paths:
+        try:
+            Image.open(path).close()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BitfrontError(f"'{path}' is no image ({error}); repair it or take it out") from None
 
 
 def generated(split: str, classes: int, channels: int, size: int) -> Images:

@@ -33,6 +33,43 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Alphabet:
+    """The labels of characters.
+
+    Attributes:
+        labels: the blank, then the characters.
+        space: that of them which parts words.
+    """
+
+    labels: str = LABELS
+    space: str = "|"
+
+    @property
+    def written(self) -> int:
+        """How many of the labels, the first ones, may be recognised."""
+        return len(self.labels)
+
+    def encode(self, text: str) -> Tensor:
+        """Labels of a transcript.
+
+        Raises:
+            BitfrontError: it is empty, or has characters that are no labels.
+        """
+        text = text.lower().replace(" ", self.space)
+        if not text or not set(text) <= set(self.labels[1:]):
+            raise BitfrontError(f"the transcript '{text}' is empty or has other characters than letters, ' and spaces")
+        return torch.tensor([self.labels.index(c) for c in text])
+
+    def decode(self, labels: Sequence[int]) -> str:
+        """The words that labels spell; blanks are left out."""
+        return " ".join("".join(self.labels[i] for i in labels if i).replace(self.space, " ").split())
+
+
+ENGLISH = Alphabet()
+encode, decode = ENGLISH.encode, ENGLISH.decode
+
+
 @dataclass
 class Utterances:
     """A split.
@@ -41,11 +78,13 @@ class Utterances:
         source: of the utterances.
         features: from samples ``[time]`` to what the network gets, ``[frames, ...]``.
         augment: of the features, or None.
+        alphabet: that gives the labels of a transcript.
     """
 
     source: Source
     features: Callable[[Tensor], Tensor]
     augment: Callable[[Tensor], Tensor] | None = None
+    alphabet: Alphabet = ENGLISH
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,7 +96,7 @@ class Utterances:
         features = [self.features(samples) for samples, _ in drawn]
         if self.augment is not None:
             features = [self.augment(x) for x in features]
-        labels = [encode(text) for _, text in drawn]
+        labels = [self.alphabet.encode(text) for _, text in drawn]
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
         ragged = [0, 0] * (padded.dim() - 2) + [0, -padded.shape[1] % STRIDE]
         return (
@@ -131,23 +170,6 @@ class SpecAugment:
         for _ in range(self.spans):
             x = mask_along_axis(x, len(x), 0.0, axis=0, p=self.span_share)
         return x
-
-
-def encode(text: str) -> Tensor:
-    """Labels of a transcript.
-
-    Raises:
-        BitfrontError: it is empty, or has characters that are no labels.
-    """
-    text = text.lower().replace(" ", "|")
-    if not text or not set(text) <= set(LABELS[1:]):
-        raise BitfrontError(f"the transcript '{text}' is empty or has other characters than letters, ' and spaces")
-    return torch.tensor([LABELS.index(c) for c in text])
-
-
-def decode(labels: Sequence[int]) -> str:
-    """The words that labels spell; blanks are left out."""
-    return " ".join("".join(LABELS[i] for i in labels if i).replace("|", " ").split())
 
 
 def tones(split: str, rate: int) -> InMemory:

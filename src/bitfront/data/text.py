@@ -105,7 +105,7 @@ def byte_pairs(texts: dict[str, str], vocabulary: int, formatted: Sequence[str] 
     if tokenizer.get_vocab_size() != vocabulary:
         raise BitfrontError(
             f"task.vocabulary={vocabulary} does not fit the training text, which has {tokenizer.get_vocab_size()} "
-            "byte pairs and bytes"
+            f"byte pairs and bytes; give task.vocabulary={tokenizer.get_vocab_size()} or another text"
         )
     sizes = torch.tensor(
         [len(token) for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]

@@ -149,6 +149,12 @@ class Artifact:
         network.load_state_dict(state)
 
 
+def float_bytes(network: nn.Module) -> int:
+    """Bytes of all that a network's file would hold without quantization, tied tensors once."""
+    state = {id(t): t for t in network.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.itemsize for t in state.values())
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers and crashes see all of it or none of it.
 

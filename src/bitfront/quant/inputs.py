@@ -213,6 +213,7 @@ def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int]]
     (x,) = (x.detach().float() for x in use.inputs)
     kernel, stride, padding, dilation, groups = use.geometry
     n = len(kernel)
+    x = x[None] if x.dim() == n + 1 else x  # a sample without a batch
     stride, dilation = (v if isinstance(v, tuple) else (v,) * n for v in (stride, dilation))
     if padding == "same":
         sides = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]

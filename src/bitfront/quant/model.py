@@ -219,10 +219,14 @@ class QuantizedModel(nn.Module):
         """
         return self.artifact(about).save(Path(path))
 
-    def summary(self) -> str:
+    def summary(self, about: Mapping[str, Any] | None = None) -> str:
         """A table of the tensors: bits, bytes, share of the file and relative loss of the layer's output; below, what
-        stays float and why, and what was rounded blind."""
-        artifact, parameters = self.artifact(), dict(self.network.named_parameters())
+        stays float and why, and what was rounded blind.
+
+        Args:
+            about: as the file is saved with, which counts.
+        """
+        artifact, parameters = self.artifact(about), dict(self.network.named_parameters())
         limit = int((self.method.min_size if self.method else 0.0) * MB) // 4
 
         def reason(name: str) -> str:

@@ -71,7 +71,7 @@ def duplicate(network: N) -> N:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Copies of a module share its class, whose properties are the computed weights: torch would remove them for all."""
+    """Copies of a module share its class, whose properties are the weights: torch would remove them for all."""
     shared = type(module)
     own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, own)

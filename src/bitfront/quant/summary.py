@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitfront.quant.artifact import Artifact
+from bitfront.quant.log import blind, partly
 from bitfront.quant.packed import Packed
 
-EXACT = "embedding"  # a use for which rounding to nearest is the solution: its rows are the outputs
-NAMED = 8  # tensors that a line names
+NAMED = 4  # tensors that a line names
 
 
 def summary(artifact: Artifact, layers: Sequence[Mapping[str, Any]], why_float: Mapping[str, str]) -> str:
@@ -33,37 +33,23 @@ def summary(artifact: Artifact, layers: Sequence[Mapping[str, Any]], why_float: 
     return "\n".join([*aligned, *_remarks(artifact, known, why_float, total)])
 
 
-def blind(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The tensors of a calibration's log that were rounded without a word of their inputs, and in which function these
-    are used."""
-    found = {}
-    for entry in layers:
-        uses = entry.get("unseen", [EXACT])
-        if not entry["inputs"] and uses != [EXACT]:
-            found[entry["name"]] = ", ".join(uses) or "not used on these data"
-    return found
-
-
 def _remarks(
     artifact: Artifact, known: Mapping[str, Mapping[str, Any]], why_float: Mapping[str, str], total: int
 ) -> list[str]:
     sizes = {name: t.numel() * t.itemsize for name, t in artifact.raw.items()}
-    lines = [f"file: {total:,} bytes, header and names among them"]
+    lines = [f"file: {total:,} bytes, {total - artifact.payload:,} of them for names and layout"]
     reasons: dict[str, list[str]] = {}
     for name in sizes:
         reasons.setdefault(why_float.get(name, "float"), []).append(name)
     for reason, names in reasons.items():
         lines.append(f"float, {reason}: {_listed(names, sum(sizes[name] for name in names), total)}")
-    unseen = blind(list(known.values()))
-    if unseen:
-        named = [f"{name} ({use})" for name, use in unseen.items()]
-        size = sum(artifact.packed[name].nbytes for name in unseen)
-        lines.append(f"rounded blind, to nearest, as their inputs were not seen: {_listed(named, size, total)}")
-    partly = {name: e["unseen"] for name, e in known.items() if e["inputs"] and e.get("unseen", [EXACT]) != [EXACT]}
-    if partly:
-        named = [f"{name} ({', '.join(uses)})" for name, uses in partly.items()]
-        size = sum(artifact.packed[name].nbytes for name in partly)
-        lines.append(f"calibrated on a part of their uses: {_listed(named, size, total)}")
+    for told, found in (
+        ("rounded blind, to nearest, as their inputs were not seen", blind(known.values())),
+        ("calibrated on a part of their uses", partly(known.values())),
+    ):
+        if found:
+            named = [f"{name} ({uses})" for name, uses in found.items()]
+            lines.append(f"{told}: {_listed(named, sum(artifact.packed[name].nbytes for name in found), total)}")
     return lines
 
 

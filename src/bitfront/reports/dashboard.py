@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfront.cells import tracking
+from bitfront.cells.check import closest
 from bitfront.cells.record import Record, numbers, read_all
 from bitfront.errors import BitfrontError
 from bitfront.shipped import module
@@ -36,7 +37,8 @@ def views(root: Path, task: str, project: str) -> list[workspaces.Workspace]:
     if not tasks:
         raise BitfrontError(f"no finished runs in '{root}', smoke runs aside; make one: {module('run')} task=vit")
     if task not in ("", *tasks):
-        raise BitfrontError(f"no finished runs of task={task} in '{root}'; there are task={', '.join(tasks)}")
+        near = closest(task, tasks)
+        raise BitfrontError(f"no finished runs of task={task} in '{root}'; {near}there are task={', '.join(tasks)}")
     return [view([r for r in records if r.task == name], project) for name in tasks if task in ("", name)]
 
 

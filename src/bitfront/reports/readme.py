@@ -67,9 +67,9 @@ def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:
 
 
 def matrix(tables: dict[str, list[Row]]) -> str:
-    """Every task against every method as a Markdown table: how many runs there are, and how many of them on GPUs."""
+    """Every task but the user's own against every method, as Markdown: how many runs there are, how many on GPUs."""
     methods, lines = compose.options("quant"), []
-    for task in compose.options("task"):
+    for task in (name for name in compose.options("task") if "data" not in dict(compose.knobs("task", name))):
         cells = []
         for method in methods:
             runs = [r for row in tables.get(task, []) if row.method == method for r in row.records]

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, isfinite
+from pathlib import Path
 
-from bitfront.cells.identity import identity
+from bitfront.cells.identity import FINGERPRINT, identity
 from bitfront.cells.record import Record
 from bitfront.reports.papers import SHARED_OUT, Published, comparable, spelled, words
 
@@ -37,8 +38,11 @@ class Row:
 
     @cached_property
     def task(self) -> str:
-        """Smoke runs are a task of their own."""
-        return self.records[0].task + "-smoke" * self.records[0].smoke
+        """Smoke runs are a task of their own, and so is each of the user's data: by name and four digits."""
+        first = self.records[0]
+        own = first.config["task"].get(FINGERPRINT)
+        data = f"-{Path(first.config['task']['data']).name}-{own[:4]}" if own else ""
+        return first.task + data + "-smoke" * first.smoke
 
     @cached_property
     def method(self) -> str:
@@ -183,7 +187,7 @@ def rows(records: Iterable[Record], papers: Sequence[Published] = ()) -> list[Ro
     best marked.
     """
     distinct = list({r.id: r for r in records}.values())
-    starts: dict[tuple[str, str | None], float] = {(r.task, r.artifact_sha256): r.primary.value for r in distinct}
+    starts = {(r.task, _float_of(r)): r.primary.value for r in distinct}
     cells: dict[tuple[str, str, str], list[Published]] = {}
     for number in papers:
         cells.setdefault((number.task, number.method, spelled(number.setting, SHARED_OUT)), []).append(number)
@@ -202,6 +206,12 @@ def rows(records: Iterable[Record], papers: Sequence[Published] = ()) -> list[Ro
     return table
 
 
+def _float_of(r: Record) -> str | None:
+    """The file that runs start from which start from this one: its own, or where it only measured one, that."""
+    measured = r.method == "float" and not r.history
+    return r.init_sha256 if measured and r.init_sha256 else r.artifact_sha256
+
+
 def _over_seeds(records: Iterable[Record]) -> list[list[Record]]:
     """The runs of each cell, by seed; a start counts by its name, as each seed has a start of its own."""
     groups: dict[str, list[Record]] = {}
@@ -216,7 +226,7 @@ def _share(table: Sequence[Row]) -> None:
     common = frozenset.intersection(*(frozenset(words(row.setting)) for row in table))
     if len(table) > 1:
         for row in table:
-            row.shared = frozenset(word for word in common if re.match(r"trainer\.|task\.|model=", word))
+            row.shared = frozenset(word for word in common if re.match(r"trainer\.|task\.|model=|data=", word))
 
 
 def front(table: Iterable[Row]) -> list[Row]:

@@ -70,6 +70,26 @@ def search(sweep: Sweep, words: Sequence[str]) -> list[Attempt]:
     return list(done.values())
 
 
+def ends(words: Sequence[str]) -> list[Cell]:
+    """Cells in which each option of the space in turn has each of its choices, or its lowest and its highest value:
+    what is refused of them would be of trials.
+    """
+    overrides = parse(words)
+    values = {o.get_key_element(): _ends(o) for o in overrides if o.is_sweep_override()}
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    first = {key: some[0] for key, some in values.items()}
+    points = [first | {key: value} for key, some in values.items() for value in some]
+    return [Cell([*fixed, *_words(point)]) for point in points]
+
+
+def _ends(override: Override) -> list[Any]:
+    space = distribution(override)
+    if isinstance(space, CategoricalDistribution):
+        return list(space.choices)
+    assert isinstance(space, (IntDistribution, FloatDistribution))
+    return [space.low, space.high]
+
+
 def objectives(record: Record) -> list[float]:
     """What is minimised: bytes of the file, and the validation metric, negated if higher is better."""
     return [record.sizes.file, -record.primary.better(record.metrics["valid"][record.primary.name])]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,7 @@ class Sweep:
             )
         self.batch = self.config.hydra.sweeper.max_batch_size
         self.shown = "submitit_folder" not in launcher  # or the jobs print into files
-        if not self.shown:
-            CONSOLE.print(f"what the cells print: {Path(self.config.root) / '.submitit'}/<job>/*_log.*")
+        self.shares_terminal = launcher["_target_"].endswith((".JoblibLauncher", ".LocalLauncher"))
         HydraConfig.instance().set_config(self.config)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
@@ -140,10 +141,13 @@ class Sweep:
 
     def _launch_batch(self, attempts: Sequence[Attempt]) -> None:
         began, number = time.time() - 2, self.launched  # some file systems count time in seconds
+        if not self.shown and not number:
+            CONSOLE.print(f"what the cells print: {Path(self.config.root) / '.submitit'}/<job>/*_log.*")
         self.launched += len(attempts)
         words = [[*self.place, *attempt.cell.words] for attempt in attempts]
         try:
-            results = self.launcher.launch(words, initial_job_idx=number)
+            with _deaf() if self.shares_terminal else nullcontext():
+                results = self.launcher.launch(words, initial_job_idx=number)
         except Exception as error:  # a process died; or the cluster is not there
             self._after_crash(attempts, began, error)
             return
@@ -194,6 +198,21 @@ def opened(words: Sequence[str]) -> Iterator[Sweep]:
                 os.environ.pop(name, None)
                 if name in before:
                     os.environ[name] = before[name]
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start within do not hear the terminal's Ctrl-C, on which each would print where it was: they end
+    with the sweep.
+    """
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()  # a thread that hears it; what it does, the main one does
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
 
 
 def _instead(words: Sequence[str]) -> str:

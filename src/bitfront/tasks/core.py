@@ -14,6 +14,8 @@ from torchmetrics import MetricCollection
 
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes
+from bitfront.progress import Bar, phase
+from bitfront.ranges import Ranges, of, refuse
 from bitfront.tasks.batches import EpochBatches
 from bitfront.tasks.recipe import Recipe
 
@@ -33,6 +35,7 @@ class Task:
     percent: ClassVar[tuple[str, ...]] = ()  # metrics given in percent
     singly: ClassVar[bool] = False  # whether samples of validation and test are too large, or too unlike, for a batch
     summed: ClassVar[int] = 1  # of how many terms the loss is the mean, where a penalty is meant for their sum
+    ranges: ClassVar[Ranges] = {"seed": "0.."}  # of the fields; subclasses have those that they add
 
     recipe: Recipe
     data_root: str
@@ -41,8 +44,7 @@ class Task:
     _splits: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise BitfrontError(f"seed={self.seed} is out of range")
+        refuse(vars(self), of(type(self)))
 
     def model(self) -> nn.Module:
         """A fresh float network; the caller seeds."""
@@ -74,9 +76,11 @@ class Task:
 
     def calibration(self, samples: int, batch_size: int) -> list[Any]:
         """Training samples for post-training quantization, in a fixed random order; all, if there are fewer."""
-        dataset = self.undisturbed(self.dataset("train"))
+        with phase("preparing the data"):
+            dataset = self.undisturbed(self.dataset("train"))
         order = np.random.default_rng(self.seed).permutation(len(dataset))[:samples].tolist()
-        return [dataset[order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+        starts = Bar(range(0, len(order), batch_size), desc="reading the data", unit="batch")
+        return [dataset[order[start : start + batch_size]] for start in starts]
 
     def undisturbed(self, dataset: Any) -> Any:
         """A training set without its augmentation."""
@@ -108,7 +112,8 @@ class Task:
             parts: that a batch comes in.
         """
         if split not in self._splits:
-            self._splits[split] = self.dataset(split)
+            with phase(f"preparing the data ({split})"):
+                self._splits[split] = self.dataset(split)
         dataset = self._splits[split]
         rank, world = processes() if shared else (0, 1)
         if self.recipe.batch_size % (world * parts):
@@ -139,7 +144,7 @@ class Task:
         training = net.training
         net.eval()
         metrics = self.metrics(sync_on_compute=shared).to(device)
-        for batch in self.loader(split, shared=shared):
+        for batch in Bar(self.loader(split, shared=shared), desc=f"evaluating ({split})", unit="batch"):
             self.update(metrics, net, to_device(batch, device))
         net.train(training)
         return {name: value.item() * (100 if name in self.percent else 1) for name, value in metrics.compute().items()}

@@ -118,9 +118,13 @@ class Language(Task):
     def undisturbed(self, dataset: Windows) -> Windows:
         return replace(dataset, drawn=0)
 
+    def losses(self, net: nn.Module, tokens: Tensor) -> Tensor:
+        """Of each of the tokens ``[batch, time + 1]`` but the first, in nats, ``[batch, time]``."""
+        return net(tokens[:, :-1], tokens[:, 1:])
+
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, new = batch
-        return net(tokens[:, :-1], tokens[:, 1:])[new].mean()
+        return self.losses(net, tokens)[new].mean()
 
     def metrics(self, **options: Any) -> MetricCollection:
         names = {"bpb": MeanMetric, "ppl": Perplexity, "loss": MeanMetric}
@@ -128,7 +132,7 @@ class Language(Task):
 
     def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         tokens, new = batch
-        losses = net(tokens[:, :-1], tokens[:, 1:])[new]
+        losses = self.losses(net, tokens)[new]
         size = self.corpus.sizes.to(tokens.device)[tokens[:, 1:][new]].sum()
         metrics["bpb"].update(losses.sum() / (math.log(2) * size), weight=size)
         for name in ("ppl", "loss"):

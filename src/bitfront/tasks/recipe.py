@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitfront.errors import BitfrontError
+from bitfront.ranges import Ranges, refuse
 
-CHOICES = {
-    "optim": ("adamw", "adam", "sgd", "nesterov", "rmsprop"),
-    "schedule": ("cosine", "step", "constant", "inverse_sqrt", "restarts"),
-    "keep": ("last", "best", "loss"),
-}
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 
 @dataclass(kw_only=True)
@@ -25,7 +20,7 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        epochs, batch_size: batch_size is over all processes.
+        epochs, batch_size: epochs may be 0, to measure a start; batch_size is over all processes.
         optim: "adamw", whose decay spares what ``Task.decays`` does not name; or "adam" (with L2 decay, as arXiv
             2005.08100), "sgd", "nesterov", "rmsprop" (as EfficientNet's), which decay all weights.
         lr, weight_decay, momentum: of the optimizer; momentum of all but Adam's kinds.
@@ -66,33 +61,39 @@ class Recipe:
     max_size: float = 0.0
     repeats: int = 1
     workers: int = 0
+    ranges: ClassVar[Ranges] = {
+        "epochs": "0..",
+        "batch_size": "1..",
+        "optim": ("adamw", "adam", "sgd", "nesterov", "rmsprop"),
+        "lr": "(0, inf)",
+        "weight_decay": "[0, inf)",
+        "momentum": "[0, 1)",
+        "schedule": ("cosine", "step", "constant", "inverse_sqrt", "restarts"),
+        "warmup": "[0, 1)",
+        "warmup_steps": "0..",
+        "warmup_lr": "[0, inf)",
+        "min_lr": "[0, inf)",
+        "period": "[0, inf)",
+        "decay": "(0, inf)",
+        "cycle": "0..",
+        "cycle_growth": "[1, inf)",
+        "clip": "[0, inf)",
+        "ema": "[0, 1)",
+        "keep": ("last", "best", "loss"),
+        "max_size": "[0, inf)",
+        "repeats": "1..",
+        "workers": "0..",
+    }
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise BitfrontError(f"train.{name} is positive, got {getattr(self, name)}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise BitfrontError(f"there is no train.{name}={getattr(self, name)}; choices: {', '.join(choices)}")
+        refuse(vars(self), self.ranges, "train.{}".format)
         for name, fits in {
-            "weight_decay": self.weight_decay >= 0,
-            "momentum": 0 <= self.momentum < 1,
-            "warmup": 0 <= self.warmup < 1,
-            "warmup_steps": self.warmup_steps >= (self.schedule == "inverse_sqrt"),
-            "warmup_lr": self.warmup_lr >= 0,
-            "min_lr": self.min_lr >= 0,
-            "period": self.period > 0 or (self.period == 0 and self.schedule != "step"),
-            "cycle": self.cycle >= (self.schedule == "restarts"),
-            "decay": self.decay > 0,
-            "cycle_growth": self.cycle_growth >= 1,
-            "clip": self.clip >= 0,
-            "ema": 0 <= self.ema < 1,
-            "max_size": self.max_size >= 0,
-            "repeats": self.repeats >= 1,
-            "workers": self.workers >= 0,
+            "warmup_steps": self.warmup_steps > 0 or self.schedule != "inverse_sqrt",
+            "period": self.period > 0 or self.schedule != "step",
+            "cycle": self.cycle > 0 or self.schedule != "restarts",
         }.items():
             if not fits:
-                raise BitfrontError(f"train.{name}={getattr(self, name)} is out of range for this schedule")
+                raise BitfrontError(f"train.{name}=0 is out of range for train.schedule={self.schedule}")
 
     def optimizer(self, parameters: Iterable[nn.Parameter], decays: Callable[[nn.Parameter], bool]) -> Optimizer:
         """The network's optimizer.
@@ -101,6 +102,8 @@ class Recipe:
             parameters: to train.
             decays: which of them AdamW lets decay.
         """
+        import torch  # here, as a recipe is checked before there is torch
+
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optim == "adamw":
             groups: dict[float, list[nn.Parameter]] = {}

@@ -14,24 +14,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
 
-from bitfront.data.audio import REMIXED, Excerpts, Song, Whole, excerpt_length, level, songs, tones
+from bitfront.data.audio import REMIXED, Excerpts, Form, Song, Whole, excerpt_length, level, songs, tones
 from bitfront.data.music import music
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes
 from bitfront.tasks.core import Task
 from bitfront.tasks.sdr import FramewiseSDR, GlobalSDR
 
+NETWORKS = ("demucs", "hdemucs", "htdemucs")
+
 
 @dataclass(kw_only=True)
-class Separation(Task):
-    """A network of the demucs package that gives each source of a mixture, trained with the L1 loss.
+class Separator(Task):
+    """A network that gives each source of a mixture, trained with the L1 loss. It maps mixtures ``[batch, channels,
+    length]`` to ``[batch, sources, channels, length]``.
 
     Attributes:
-        data: "music" (generated), "tones" (one for each source), or a folder of ``data_root`` in the layout of
-            MUSDB18-HQ.
-        sources: names of the files beside the mixture.
-        valid_songs: songs of the training folder that are the validation split; none takes the folder ``valid``.
-        samplerate, audio_channels: of the files.
         segment, stride: seconds of a training excerpt, and to the next; see ``Excerpts`` for what the network gets.
         repeat: how often an epoch goes through the excerpts.
         repitch: probability of a change of pitch and tempo.
@@ -39,18 +37,13 @@ class Separation(Task):
             in common, where they fade into each other.
         shifts: on the test split, the mean over so many starts of the song within half a second.
         museval: whether the test split gets BSSEval v4 too, which takes as long as the music at 44.1 kHz.
-        network: "demucs", "hdemucs" or "htdemucs".
+        network: "demucs", "hdemucs" or "htdemucs", of the demucs package.
         demucs, hdemucs, htdemucs: arguments of their constructors.
     """
 
     primary: ClassVar[tuple[str, bool]] = ("nsdr", True)
     singly: ClassVar[bool] = True
 
-    data: str
-    sources: list[str]
-    valid_songs: list[str]
-    samplerate: int
-    audio_channels: int
     segment: float
     stride: float
     repeat: int = 1
@@ -67,20 +60,36 @@ class Separation(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, fits in {
-            "network": self.network in ("demucs", "hdemucs", "htdemucs"),
             "repitch": 0 <= self.repitch <= 1,
             "overlap": 0 <= self.overlap < 1,
             "repeat": self.repeat > 0,
             "shifts": self.shifts > 0,
             "stride": self.stride > 0,
-            "segment": self.length > 0,
             "window": self.window > 0,
         }.items():
             if not fits:
                 raise BitfrontError(f"task.{name}={getattr(self, name)} is out of range")
-        longest = self.length / self.samplerate
+
+    def check_length(self) -> None:
+        """Refuse excerpts of which nothing is left, and windows that a network does not take.
+
+        Raises:
+            BitfrontError: naming the option.
+        """
+        if self.length <= 0:
+            raise BitfrontError(f"task.segment={self.segment} is out of range")
+        longest = self.length / self.form.samplerate
         if self.network == "htdemucs" and self.window > longest:
             raise BitfrontError(f"htdemucs sees {longest} s in training and no more later; set task.window={longest}")
+
+    @property
+    def form(self) -> Form:
+        """Of the songs."""
+        raise NotImplementedError
+
+    def songs(self) -> dict[str, list[Song]]:
+        """All splits."""
+        raise NotImplementedError
 
     @property
     def length(self) -> int:
@@ -88,32 +97,23 @@ class Separation(Task):
         return excerpt_length(self._samples(self.segment), self._samples(self.stride), self.repitch)
 
     def _samples(self, seconds: float) -> int:
-        return round(seconds * self.samplerate)
+        return round(seconds * self.form.samplerate)
 
     def model(self) -> nn.Module:
         from demucs.demucs import Demucs
         from demucs.hdemucs import HDemucs
         from demucs.htdemucs import HTDemucs
 
-        kind = {"demucs": Demucs, "hdemucs": HDemucs, "htdemucs": HTDemucs}[self.network]
-        about = {"samplerate": self.samplerate, "segment": Fraction(self.length, self.samplerate)}
-        return kind(self.sources, audio_channels=self.audio_channels, **about, **getattr(self, self.network))
-
-    def songs(self) -> dict[str, list[Song]]:
-        """All splits."""
-        if self.data == "tones":
-            kind = self.sources, self.samplerate, self.audio_channels, 2 * self.segment
-            return {split: tones(split, *kind) for split in ("train", "valid", "test")}
-        root = Path(self.data_root)
-        folder = music(root) if self.data == "music" else root / self.data
-        return songs(folder, self.sources, self.valid_songs, self.samplerate, self.audio_channels)
+        kind, form = {"demucs": Demucs, "hdemucs": HDemucs, "htdemucs": HTDemucs}[self.network], self.form
+        about = {"samplerate": form.samplerate, "segment": Fraction(self.length, form.samplerate)}
+        return kind(form.sources, audio_channels=form.channels, **about, **getattr(self, self.network))
 
     def dataset(self, split: str) -> Excerpts | Whole:
         found = self.songs()[split]
         if split != "train":
-            return Whole(found, self.sources)
+            return Whole(found, self.form.sources)
         segment, stride = self._samples(self.segment), self._samples(self.stride)
-        return Excerpts(found, self.sources, self.samplerate, segment, stride, self.repitch, self.repeat)
+        return Excerpts(found, self.form.sources, self.form.samplerate, segment, stride, self.repitch, self.repeat)
 
     def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
         """As of every task.
@@ -136,14 +136,14 @@ class Separation(Task):
         return nn.functional.l1_loss(net(batch.sum(1)), batch)
 
     def metrics(self, **options: Any) -> MetricCollection:
-        metrics: dict[str, Any] = {"loss": MeanMetric(**options), "global": GlobalSDR(self.sources, **options)}
+        metrics: dict[str, Any] = {"loss": MeanMetric(**options), "global": GlobalSDR(self.form.sources, **options)}
         if self.museval:
-            metrics["framewise"] = FramewiseSDR(self.sources, self.samplerate, **options)
+            metrics["framewise"] = FramewiseSDR(self.form.sources, self.form.samplerate, **options)
         return MetricCollection(metrics, compute_groups=False)
 
     def update(self, metrics: MetricCollection, net: nn.Module, batch: Tensor) -> None:
         mixture, references = batch[0], batch[1:]
-        starts = [k * self.samplerate // (2 * self.shifts) for k in range(self.shifts)]
+        starts = [k * self.form.samplerate // (2 * self.shifts) for k in range(self.shifts)]
         estimates = separate(net, mixture, self._samples(self.window), self.overlap, starts)
         metrics["loss"].update((estimates - references).abs().mean() / level(mixture)[1])
         metrics["global"].update(references, estimates, mixture)
@@ -157,7 +157,44 @@ class Separation(Task):
         task = copy.copy(self)
         if split != "test":
             task.museval, task.shifts = False, 1
-        return super(Separation, task).evaluate(net, split, device, shared)
+        return super(Separator, task).evaluate(net, split, device, shared)
+
+
+@dataclass(kw_only=True)
+class Separation(Separator):
+    """A network of the demucs package on a public data set, or generated music.
+
+    Attributes:
+        data: "music" (generated), "tones" (one for each source), or a folder of ``data_root`` in the layout of
+            MUSDB18-HQ.
+        sources: names of the files beside the mixture.
+        valid_songs: songs of the training folder that are the validation split; none takes the folder ``valid``.
+        samplerate, audio_channels: of the files.
+    """
+
+    data: str
+    sources: list[str]
+    valid_songs: list[str]
+    samplerate: int
+    audio_channels: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network not in NETWORKS:
+            raise BitfrontError(f"task.network={self.network} is out of range")
+        self.check_length()
+
+    @property
+    def form(self) -> Form:
+        return Form(self.sources, self.samplerate, self.audio_channels)
+
+    def songs(self) -> dict[str, list[Song]]:
+        if self.data == "tones":
+            kind = self.sources, self.samplerate, self.audio_channels, 2 * self.segment
+            return {split: tones(split, *kind) for split in ("train", "valid", "test")}
+        root = Path(self.data_root)
+        folder = music(root) if self.data == "music" else root / self.data
+        return songs(folder, self.sources, self.valid_songs, self.samplerate, self.audio_channels)
 
 
 def separate(net: nn.Module, mixture: Tensor, window: int, overlap: float, starts: Sequence[int] = (0,)) -> Tensor:

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from bitfront.data import espeak, recordings
-from bitfront.data.speech import LABELS, Batch, InMemory, LogMel, Source, SpecAugment, Utterances, decode, tones
+from bitfront.data.speech import ENGLISH, Alphabet, Batch, InMemory, LogMel, Source, SpecAugment, Utterances, tones
 from bitfront.errors import BitfrontError
 from bitfront.tasks.core import Task
 
@@ -23,16 +23,15 @@ CHOICES = {
 
 
 @dataclass(kw_only=True)
-class Speech(Task):
-    """A Conformer, or wav2vec 2.0, that spells what is said.
+class Recogniser(Task):
+    """A network that spells what is said, trained by CTC.
+
+    It maps features ``[batch, time, mels]`` (wav2vec 2.0: samples, ``[batch, time]``) and their lengths ``[batch]`` to
+    logits ``[batch, frames, labels]``, the blank first, and how many frames count, ``[batch]``.
 
     Attributes:
-        data: "espeak" (synthesised and kept in ``data_root/generated``), "tones" (one for each letter), or a folder of
-            ``data_root``: "fsdd", "LibriSpeech".
-        train_subsets, valid_subsets, test_subsets: of LibriSpeech.
         rate: samples per second.
-        network: "conformer" on log-mel features, or "wav2vec2" (base) or "wav2vec2_tiny" on samples.
-        pretrained: wav2vec 2.0 as torchaudio publishes it, fine-tuned on LibriSpeech's 960 hours.
+        network: its name.
         mels, channels, dim, depth, heads, kernel, dropout: of the Conformer, as in ``ConformerCTC``.
         bands, band_width, spans, span_share: masks of SpecAugment while training.
         beam: hypotheses of a beam search, whose metrics then are beside those of greedy decoding; 0 for none.
@@ -43,13 +42,8 @@ class Speech(Task):
     primary: ClassVar[tuple[str, bool]] = ("wer", False)
     percent: ClassVar[tuple[str, ...]] = ("wer", "cer", "wer_beam", "cer_beam")
 
-    data: str
-    train_subsets: list[str] = field(default_factory=list)
-    valid_subsets: list[str] = field(default_factory=list)
-    test_subsets: list[str] = field(default_factory=list)
     rate: int
     network: str
-    pretrained: bool = False
     mels: int
     channels: int
     dim: int
@@ -71,17 +65,10 @@ class Speech(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise BitfrontError(f"there is no task.{name}={getattr(self, name)}; choices: {', '.join(choices)}")
         if self.heads < 1 or self.dim % self.heads or self.kernel % 2 == 0:
             raise BitfrontError("task.heads must divide task.dim, and task.kernel be odd")
-        if self.pretrained and (self.network, self.rate) != ("wav2vec2", 16000):
-            raise BitfrontError("task.pretrained=true is for task.network=wav2vec2 and task.rate=16000")
         if self.beam < 0:
             raise BitfrontError(f"task.beam is not negative, got {self.beam}")
-        if self.data == "LibriSpeech" and not (self.train_subsets and self.valid_subsets and self.test_subsets):
-            raise BitfrontError("LibriSpeech needs its subsets, which task=asr_librispeech names")
         for name in ("lexicon", "lm"):
             path = getattr(self, name)
             if path and not (self.beam and Path(path).is_file()):
@@ -90,48 +77,33 @@ class Speech(Task):
             self._decoder = self._beam_search()
 
     @property
+    def alphabet(self) -> Alphabet:
+        """What is written."""
+        return ENGLISH
+
+    @property
     def on_samples(self) -> bool:
         """Whether the network hears samples, not features, and each utterance by itself."""
-        return self.network.startswith("wav2vec2")
+        return False
 
     def model(self) -> nn.Module:
-        if self.on_samples:
-            from bitfront.models.wav2vec2 import SIZES, Wav2Vec2CTC
-
-            return Wav2Vec2CTC(SIZES[self.network], len(LABELS))
         from bitfront.models.conformer_ctc import ConformerCTC
 
-        return ConformerCTC(
-            self.mels, len(LABELS), self.channels, self.dim, self.depth, self.heads, self.kernel, self.dropout
-        )
+        sizes = self.channels, self.dim, self.depth, self.heads, self.kernel, self.dropout
+        return ConformerCTC(self.mels, len(self.alphabet.labels), *sizes)
 
-    def initial(self) -> nn.Module:
-        network = self.model()
-        if self.pretrained:
-            from bitfront.models.wav2vec2 import published
-
-            network.load_state_dict(published())
-        return network
+    def source(self, split: str) -> Source:
+        """The utterances of a split."""
+        raise NotImplementedError
 
     def dataset(self, split: str) -> Utterances:
         for name in ("test", "valid", "train") if split == "train" else (split,):  # so that what is missing is noticed
             if name not in self._sources:
-                self._sources[name] = self._source(name)
+                self._sources[name] = self.source(name)
         features: Any = nn.Identity() if self.on_samples else LogMel(self.rate, self.mels)
         masks = SpecAugment(self.bands, self.band_width, self.spans, self.span_share)
         augment = masks if split == "train" and not self.on_samples else None
-        return Utterances(self._sources[split], features, augment)
-
-    def _source(self, split: str) -> Source:
-        root = Path(self.data_root)
-        if self.data == "tones":
-            return tones(split, self.rate)
-        if self.data == "LibriSpeech":
-            subsets = getattr(self, f"{split}_subsets")
-            return recordings.librispeech(root / self.data, subsets, self.rate, root / "generated" / self.data)
-        if self.rate != espeak.RATE:
-            raise BitfrontError(f"this speech has {espeak.RATE} samples per second, got task.rate={self.rate}")
-        return recordings.fsdd(root / self.data, split) if self.data == "fsdd" else InMemory(*espeak.load(root, split))
+        return Utterances(self._sources[split], features, augment, self.alphabet)
 
     def undisturbed(self, dataset: Utterances) -> Utterances:
         return replace(dataset, augment=None)
@@ -166,8 +138,8 @@ class Speech(Task):
     def update(self, metrics: MetricCollection, net: nn.Module, batch: Batch) -> None:
         loss, scores, frames = self._forward(net, batch)
         metrics["loss"].update(loss, weight=len(frames))
-        said = [decode(row[:n]) for row, n in zip(batch[2].tolist(), batch[3].tolist(), strict=True)]
-        heard = greedy(scores, frames)
+        said = [self.alphabet.decode(row[:n]) for row, n in zip(batch[2].tolist(), batch[3].tolist(), strict=True)]
+        heard = greedy(scores, frames, self.alphabet)
         metrics["wer"].update(heard, said)
         metrics["cer"].update(heard, said)
         if self.beam:
@@ -179,22 +151,23 @@ class Speech(Task):
         found = self._decoder(scores.cpu().contiguous(), frames.cpu())
         if self.lexicon:
             return [" ".join(best[0].words) if best else "" for best in found]
-        return [decode(best[0].tokens.tolist()) if best else "" for best in found]
+        return [self.alphabet.decode(best[0].tokens.tolist()) if best else "" for best in found]
 
     def _beam_search(self) -> Any:
+        tokens = ["|" if label == self.alphabet.space else label for label in self.alphabet.labels]
         try:
             from torchaudio.models.decoder import ctc_decoder
 
             return ctc_decoder(
                 lexicon=self.lexicon,
-                tokens=list(LABELS),
+                tokens=tokens,
                 lm=self.lm,
                 beam_size=self.beam,
                 lm_weight=self.lm_weight,
                 word_score=self.word_score,
                 log_add=True,
-                blank_token=LABELS[0],
-                sil_token=LABELS[1],
+                blank_token=tokens[0],
+                sil_token="|",
             )
         except ImportError:
             raise BitfrontError(
@@ -205,12 +178,72 @@ class Speech(Task):
             raise BitfrontError(f"task.lexicon={self.lexicon} and task.lm={self.lm} do not fit: {error}") from None
 
 
-def greedy(scores: Tensor, frames: Tensor) -> list[str]:
+@dataclass(kw_only=True)
+class Speech(Recogniser):
+    """A Conformer, or wav2vec 2.0, on English of the public data sets.
+
+    Attributes:
+        data: "espeak" (synthesised and kept in ``data_root/generated``), "tones" (one for each letter), or a folder of
+            ``data_root``: "fsdd", "LibriSpeech".
+        train_subsets, valid_subsets, test_subsets: of LibriSpeech.
+        network: "conformer" on log-mel features, or "wav2vec2" (base) or "wav2vec2_tiny" on samples.
+        pretrained: wav2vec 2.0 as torchaudio publishes it, fine-tuned on LibriSpeech's 960 hours.
+    """
+
+    data: str
+    train_subsets: list[str] = field(default_factory=list)
+    valid_subsets: list[str] = field(default_factory=list)
+    test_subsets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise BitfrontError(f"there is no task.{name}={getattr(self, name)}; choices: {', '.join(choices)}")
+        super().__post_init__()
+        if self.pretrained and (self.network, self.rate) != ("wav2vec2", 16000):
+            raise BitfrontError("task.pretrained=true is for task.network=wav2vec2 and task.rate=16000")
+        if self.data == "LibriSpeech" and not (self.train_subsets and self.valid_subsets and self.test_subsets):
+            raise BitfrontError("LibriSpeech needs its subsets, which task=asr_librispeech names")
+
+    @property
+    def on_samples(self) -> bool:
+        return self.network.startswith("wav2vec2")
+
+    def model(self) -> nn.Module:
+        if not self.on_samples:
+            return super().model()
+        from bitfront.models.wav2vec2 import SIZES, Wav2Vec2CTC
+
+        return Wav2Vec2CTC(SIZES[self.network], len(self.alphabet.labels))
+
+    def initial(self) -> nn.Module:
+        network = self.model()
+        if self.pretrained:
+            from bitfront.models.wav2vec2 import published
+
+            network.load_state_dict(published())
+        return network
+
+    def source(self, split: str) -> Source:
+        root = Path(self.data_root)
+        if self.data == "tones":
+            return tones(split, self.rate)
+        if self.data == "LibriSpeech":
+            subsets = getattr(self, f"{split}_subsets")
+            return recordings.librispeech(root / self.data, subsets, self.rate, root / "generated" / self.data)
+        if self.rate != espeak.RATE:
+            raise BitfrontError(f"this speech has {espeak.RATE} samples per second, got task.rate={self.rate}")
+        return recordings.fsdd(root / self.data, split) if self.data == "fsdd" else InMemory(*espeak.load(root, split))
+
+
+def greedy(scores: Tensor, frames: Tensor, alphabet: Alphabet = ENGLISH) -> list[str]:
     """The words of each utterance's best labels, repetitions and blanks left out.
 
     Args:
         scores: ``[batch, frames, labels]``.
         frames: how many count, ``[batch]``.
+        alphabet: of the labels.
     """
-    best = scores.argmax(-1).cpu()
-    return [decode(row[:n].unique_consecutive().tolist()) for row, n in zip(best, frames.tolist(), strict=True)]
+    best = scores[..., : alphabet.written].argmax(-1).cpu()
+    rows = zip(best, frames.tolist(), strict=True)
+    return [alphabet.decode(row[:n].unique_consecutive().tolist()) for row, n in rows]

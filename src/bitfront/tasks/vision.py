@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,34 +12,79 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bitfront.data.imagenet import Photos, photos
+from bitfront.data.imagenet import Photos, photos, view
 from bitfront.data.images import Images, class_folders, digits, generated
 from bitfront.errors import BitfrontError
+from bitfront.models import named
 from bitfront.models.images import NETWORKS
 from bitfront.tasks.core import Task
 
 
 @dataclass(kw_only=True)
-class Classification(Task):
-    """What all image classification has in common.
+class Classifier(Task):
+    """One class for each image.
 
     Attributes:
-        data: "digits" (bundled with scikit-learn), "generated" (patterns of noise), or a folder of ``data_root`` with
-            ``{train,test}/<class>/*``.
-        classes, channels, image_size: of the data.
         label_smoothing: of the training loss.
-        crop: augmentation of folders: shift by up to ``crop`` pixels and mirror; 0 for none.
     """
 
     primary: ClassVar[tuple[str, bool]] = ("top1", True)
     percent: ClassVar[tuple[str, ...]] = ("top1", "top5")
 
+    label_smoothing: float
+
+    def outputs(self) -> int:
+        """The number of classes."""
+        raise NotImplementedError
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Pixels in 0..1, moved around zero with about unit variance on natural images."""
+        return (x - 0.45) / 0.3
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        smoothing = 0.0 if y.is_floating_point() else self.label_smoothing  # mixed labels are smooth already
+        logits = named.logits(net(self.normalized(x)))
+        return nn.functional.cross_entropy(logits, y, label_smoothing=smoothing)
+
+    def metrics(self, **options: Any) -> MetricCollection:
+        classes = self.outputs()
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(classes, top_k=1, average="micro", **options),
+                "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", **options),
+                "loss": MeanMetric(**options),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = named.logits(net(self.normalized(x)))
+        metrics["top1"].update(logits, y)
+        metrics["top5"].update(logits, y)
+        metrics["loss"].update(nn.functional.cross_entropy(logits, y), weight=len(y))
+
+
+@dataclass(kw_only=True)
+class Classification(Classifier):
+    """Of the public data sets.
+
+    Attributes:
+        data: "digits" (bundled with scikit-learn), "generated" (patterns of noise), or a folder of ``data_root`` with
+            ``{train,test}/<class>/*``.
+        classes, channels, image_size: of the data.
+        crop: augmentation of folders: shift by up to ``crop`` pixels and mirror; 0 for none.
+    """
+
     data: str
     classes: int
     channels: int
     image_size: int
-    label_smoothing: float
     crop: int
+
+    def outputs(self) -> int:
+        return self.classes
 
     def dataset(self, split: str) -> Any:
         if self.data == "generated":
@@ -51,32 +95,6 @@ class Classification(Task):
 
     def undisturbed(self, dataset: Any) -> Any:
         return replace(dataset, crop=0) if isinstance(dataset, Images) else dataset
-
-    def normalized(self, x: Tensor) -> Tensor:
-        """Pixels in 0..1, moved around zero with about unit variance on natural images."""
-        return (x - 0.45) / 0.3
-
-    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        smoothing = 0.0 if y.is_floating_point() else self.label_smoothing  # mixed labels are smooth already
-        return nn.functional.cross_entropy(net(self.normalized(x)), y, label_smoothing=smoothing)
-
-    def metrics(self, **options: Any) -> MetricCollection:
-        return MetricCollection(
-            {
-                "top1": MulticlassAccuracy(self.classes, top_k=1, average="micro", **options),
-                "top5": MulticlassAccuracy(self.classes, top_k=min(5, self.classes), average="micro", **options),
-                "loss": MeanMetric(**options),
-            },
-            compute_groups=False,
-        )
-
-    def update(self, metrics: MetricCollection, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        x, y = batch
-        logits = net(self.normalized(x))
-        metrics["top1"].update(logits, y)
-        metrics["top5"].update(logits, y)
-        metrics["loss"].update(nn.functional.cross_entropy(logits, y), weight=len(y))
 
 
 @dataclass(kw_only=True)
@@ -131,16 +149,13 @@ class KnownNetwork(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network not in (known := self.networks()):
-            close = [name for name in known if self.network in name][:5]
-            close = close or difflib.get_close_matches(self.network, known, 5) or known[:20]
-            raise BitfrontError(f"there is no model={self.network}; choices: {', '.join(close)}")
+        self.check_network()
         if self.network == "vit" and self.image_size != 32:
             raise BitfrontError("model=vit is for images of 32 x 32, as of task=resnet_cifar10")
 
-    def networks(self) -> list[str]:
-        """The choices of ``network``."""
-        return list(NETWORKS)
+    def check_network(self) -> None:
+        """Refuse a network that there is not."""
+        named.check(self.network, list(NETWORKS))
 
     def model(self) -> nn.Module:
         return NETWORKS[self.network](self.channels, self.classes)
@@ -175,13 +190,9 @@ class ImageNet(KnownNetwork):
     cutmix: float
     held_out: int
 
-    def networks(self) -> list[str]:
-        import timm
-        import torchvision
-
-        names = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
-        small = super().networks() if self.data == "generated" else []  # others than the library's of that name
-        return [*small, *(f"{library}.{name}" for library, known in names.items() for name in known)]
+    def check_network(self) -> None:
+        if self.data != "generated" or self.network not in NETWORKS:  # others than the library's of that name
+            named.check(self.network)
 
     def model(self) -> nn.Module:
         return super().model() if self.network in NETWORKS else self._built(False)
@@ -190,26 +201,8 @@ class ImageNet(KnownNetwork):
         return self._built(True) if self.pretrained else self.model()
 
     def _built(self, pretrained: bool) -> nn.Module:
-        library, _, name = self.network.rpartition(".")
-        try:
-            if library == "timm":
-                import timm
-
-                rates: dict[str, Any] = {"drop_path_rate": self.drop_path, "drop_rate": self.dropout}
-                return timm.create_model(name, pretrained=pretrained, num_classes=self.classes, **rates)
-            import torchvision
-
-            weights = "IMAGENET1K_V1" if pretrained else None  # which the papers start from
-            return torchvision.models.get_model(name, weights=weights, num_classes=self.classes)
-        except TypeError as error:
-            raise BitfrontError(f"model={self.network} does not fit this task: {error}") from None
-        except (OSError, RuntimeError, ValueError) as error:
-            if not pretrained:
-                raise BitfrontError(f"could not build model={self.network}: {error}") from None
-            raise BitfrontError(
-                f"no pretrained weights for {self.network} ({type(error).__name__}: {error}); they are downloaded "
-                "once and kept below ~/.cache, which can be copied; or give init_from=<artifact>"
-            ) from None
+        rates: dict[str, Any] = {"drop_path_rate": self.drop_path, "drop_rate": self.dropout}
+        return named.build(self.network, self.classes, pretrained=pretrained, **rates)
 
     def dataset(self, split: str) -> Any:
         if self.data == "generated":
@@ -229,20 +222,9 @@ class ImageNet(KnownNetwork):
         return p.dim() > 1 and len(p) > 1  # neither do positions and class tokens, [1, ...] (DeiT)
 
     def _view(self, training: bool) -> Callable[[Any], Tensor]:
-        from timm.data import create_transform
-
-        return create_transform(
-            self.image_size,
-            is_training=training,
-            auto_augment=self.augment or None,
-            color_jitter=0.0,
-            re_prob=self.erase,
-            re_mode="pixel",
-            interpolation=self.interpolation,
-            crop_pct=self.crop_share,
-            mean=tuple(self.mean),
-            std=tuple(self.std),
-        )
+        policy: dict[str, Any] = {"auto_augment": self.augment or None, "re_prob": self.erase, "re_mode": "pixel"}
+        scaled: dict[str, Any] = {"interpolation": self.interpolation, "crop_pct": self.crop_share}
+        return view(self.image_size, training, self.mean, self.std, **policy, **scaled)
 
     def _mixing(self, split: str) -> Any:
         from timm.data import Mixup

@@ -1,0 +1,196 @@
+"""A network of the user's, quantized after training and measured before and after, without a run of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.cells.batchnorm import batch_norms, reestimate
+from bitfront.cells.compose import Config
+from bitfront.cells.flow import build_method, build_task
+from bitfront.cells.trainer import accelerator
+from bitfront.data import unlabelled
+from bitfront.data.imagenet import view
+from bitfront.data.source import FOLDER, Source
+from bitfront.errors import BitfrontError, first_line
+from bitfront.library import call, drawn, load, not_padded, quantize
+from bitfront.models import named
+from bitfront.quant.artifact import float_bytes
+from bitfront.quant.blockwise import floats
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.captured import copied
+from bitfront.quant.inputs import inside
+from bitfront.quant.model import QuantizedModel
+from bitfront.quant.weights import load_weights
+from bitfront.tasks.core import Task, to_device
+
+HELD = 0.25  # of so many samples as calibrate, more that outputs are compared on
+LENGTH, RATE, SECONDS = 128, 16000, 30.0  # tokens of a line; Hz and length of a recording
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass
+class Chosen:
+    """The network, and where all goes.
+
+    Attributes:
+        model: as ``models.named.build`` takes it.
+        weights: a file, "pretrained", or "" for what a folder has.
+        classes: outputs; 0 for as many as the data have classes.
+        accelerator: where to compute.
+        out: the file.
+    """
+
+    model: str
+    weights: str
+    classes: int
+    accelerator: str
+    out: Path
+
+
+def quantized(source: Source, config: Config, chosen: Chosen) -> Iterator[str]:
+    """Quantize, and tell line by line what came out.
+
+    Raises:
+        BitfrontError: the network cannot be built, its weights or the data do not fit it, or as in ``quantize``.
+    """
+    device = torch.device(accelerator(chosen.accelerator))
+    method = build_method(config)
+    assert isinstance(method, PostTraining)
+    task = build_task(config) if source.labelled else None
+    torch.manual_seed(config.values["seed"])
+    network = _weighted(chosen, task).to(device).eval()
+    with _fitting(source, chosen):
+        work = _Labelled(task, method, device) if task else _Unlabelled(source, config, chosen, method)
+        yield f"{chosen.model}: {work.measured(network)}"
+        model = work.quantized(network)
+    about = {"model": chosen.model, "quant": config.method, "setting": config.setting}
+    size = model.save(chosen.out, about)
+    again = load(chosen.out, into=_built(chosen, task)).to(device).eval()
+    yield model.summary(about)
+    yield f"{chosen.out}: {work.measured(again)}"
+    exact = float_bytes(network)
+    yield f"{size:,} bytes of {exact:,} ({exact / size:.1f} times smaller)"
+
+
+class _Labelled:
+    """Data whose labels a task's metric compares with the outputs."""
+
+    def __init__(self, task: Task, method: PostTraining, device: torch.device) -> None:
+        self.task, self.method, self.device = task, method, device
+
+    def measured(self, network: nn.Module) -> str:
+        found = self.task.evaluate(network, "test", self.device)
+        return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+
+    def quantized(self, network: nn.Module) -> QuantizedModel:
+        if self.method.reestimate_bn and not batch_norms(network):
+            raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
+        model = quantize(
+            network,
+            self.method,
+            self.task.calibration(self.method.samples, self.method.batch_size) if self.method.needs_data else None,
+            forward=lambda net, batch: self.task.loss(net, to_device(batch, self.device)),
+            valid=self.task.valid,
+            blocks=self.task.blocks(network),
+            seed=self.task.seed,
+        )
+        if self.method.reestimate_bn:
+            reestimate(model, self.task, self.device)
+        return model
+
+
+class _Unlabelled:
+    """Data that tell only by how much the outputs change."""
+
+    def __init__(self, source: Source, config: Config, chosen: Chosen, method: PostTraining) -> None:
+        self.method = method
+        every = iter(_inputs(source, config, chosen, method.batch_size))
+        self.batches = drawn(every, method.samples, method.batch_size)
+        self.held = drawn(every, max(1, round(HELD * method.samples)), method.batch_size)
+        if not self.batches:
+            raise BitfrontError(f"data={source.name} gives no batch")
+        self.exact: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def measured(self, network: nn.Module) -> str:
+        outputs = [_counting(call(network, copied(b)), not_padded(b)) for b in self.held or self.batches]
+        if not self.exact:
+            self.exact = outputs
+            return f"{len(self.batches)} batches to calibrate on, {len(self.held)} others to compare outputs on"
+        pairs = [(a, b) for x, y in zip(outputs, self.exact, strict=True) for a, b in zip(x, y, strict=True)]
+        power = sum(b.square().sum().item() for _, b in pairs)
+        error = sum((a - b).square().sum().item() for a, b in pairs) / (power or 1.0)
+        on = "batches that it was not calibrated on" if self.held else "the batches that it was calibrated on"
+        return f"the outputs' power of error is {100 * error:.3g} % of their power, on {on}"
+
+    def quantized(self, network: nn.Module) -> QuantizedModel:
+        return quantize(network, self.method, self.batches)
+
+
+def _counting(output: Any, valid: Tensor | None) -> list[Tensor]:
+    """The numbers of an output that are none of padding."""
+    padded = [t.dim() > 2 and valid is not None and t.shape[0] == len(valid) for t in floats(output)]
+    return [
+        (t[inside(t, valid)] if valid is not None and cut else t).double()
+        for t, cut in zip(floats(output), padded, strict=True)
+    ]
+
+
+def _inputs(source: Source, config: Config, chosen: Chosen, batch_size: int) -> Iterable[Any]:
+    """Batches, as ``library.call`` passes them to the network."""
+    folder = Path(chosen.model.removeprefix(FOLDER)) if chosen.model.startswith(FOLDER) else None
+    if not source.files:
+        return unlabelled.batches(source.name)
+    if source.kind == "audio":
+        return unlabelled.sounds(source.files, RATE, SECONDS, folder)
+    if source.kind == "text":
+        if folder is None:
+            raise BitfrontError("texts for a function's network have labels: its next tokens; leave labels=false out")
+        return unlabelled.lines(source.files, folder, batch_size, LENGTH)
+    task = config.values["task"]
+    options = {"interpolation": task["interpolation"], "crop_pct": task["crop_share"]}
+    return unlabelled.photos(
+        source.files, view(task["image_size"], False, task["mean"], task["std"], **options), batch_size
+    )
+
+
+def _built(chosen: Chosen, task: Task | None) -> nn.Module:
+    """The network without its weights."""
+    return task.model() if task else named.build(chosen.model, chosen.classes or None)
+
+
+def _weighted(chosen: Chosen, task: Task | None) -> nn.Module:
+    own = chosen.model.startswith(FOLDER)
+    if chosen.weights == "pretrained" or (own and not chosen.weights):
+        return named.build(chosen.model, chosen.classes or None, pretrained=True)
+    if not chosen.weights and ":" not in chosen.model:
+        raise BitfrontError(
+            f"model={chosen.model} needs weights=<file>, or weights=pretrained to download the library's"
+        )
+    network = _built(chosen, task)
+    if chosen.weights:
+        load_weights(Path(chosen.weights), network)
+    return network
+
+
+@contextmanager
+def _fitting(source: Source, chosen: Chosen) -> Iterator[None]:
+    """Whatever a network raises that is given other inputs than it takes."""
+    try:
+        yield
+    except BitfrontError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({first_line(error)}); lower quant.batch_size") from None
+    except FAULTS as error:
+        raise BitfrontError(
+            f"model={chosen.model} does not run on data={source.name} ({type(error).__name__}: {first_line(error)}); "
+            "give data=<package.module>:<function> with batches as its forward takes them"
+        ) from None

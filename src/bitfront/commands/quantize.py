@@ -1,0 +1,146 @@
+"""Quantize a network of your own after training, into one file.
+
+python -m src.quantize model=torchvision.resnet18 weights=mine.pth data=photos quant=decoupleq bits=2 out=my.safetensors
+python -m src.quantize model=hf:minilm data=texts quant=gptq bits=4
+python -m src.quantize model=mypackage.nets:build weights=mine.pth data=mypackage.data:loader quant=rtn bits=4
+
+model=    timm.<name> | torchvision.<name> | hf:<folder> | <package.module>:<function>
+weights=  .pth, .safetensors, a file of ours | pretrained: what the library publishes; a folder of hf: has its own
+data=     a folder of images, of text or of sound; a text; <package.module>:<function> that gives batches
+          with labels (class folders, text for causal networks, transcripts) the metric is measured before and after
+quant=    decoupleq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.samples= ...
+classes=  outputs of the network, where they are not the class folders; labels=false leaves labels alone
+task.*    as in `run task=images|text|audio`: task.image_size=, task.mean= ...
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from bitfront.cells import compose
+from bitfront.cells.check import check, closest
+from bitfront.cells.identity import calibrated
+from bitfront.commands.options import options
+from bitfront.console import CONSOLE
+from bitfront.data.source import Source, found
+from bitfront.errors import BitfrontError
+from bitfront.shipped import module
+
+DEFAULT = "decoupleq"
+CELLS = ("quant", "task", "seed")  # words as in ``run``
+HEADER = 1 << 16  # bytes of a file in which ours say whose they are
+
+
+@dataclass
+class Options:
+    """Of the command, but for those of the method and the task.
+
+    Attributes:
+        model, weights, data, out: see above; out is ``<model>-<method>.safetensors`` where it is not given.
+        classes: outputs; 0 for as many as there are class folders.
+        labels: whether to measure by them, if there are some.
+        data_root: folder of the data sets.
+        accelerator: auto, cpu or gpu.
+    """
+
+    model: str = ""
+    weights: str = ""
+    data: str = ""
+    out: str = ""
+    classes: int = 0
+    labels: bool = True
+    data_root: str = "data"
+    accelerator: str = "auto"
+
+
+def usage() -> str:
+    """The help."""
+    return (__doc__ or "").rstrip()
+
+
+def main(words: list[str]) -> None:
+    """Quantize.
+
+    Raises:
+        BitfrontError: with what the user can do.
+    """
+    if not words:
+        CONSOLE.print(usage())
+        return
+    known = {f.name for f in fields(Options)}
+    others = [word for word in words if word.partition("=")[0] not in known]
+    _check_words(others, sorted(known))
+    chosen = options(Options, [word for word in words if word.partition("=")[0] in known])
+    for name in ("model", "data"):
+        if not getattr(chosen, name):
+            raise BitfrontError(f"{name}= is needed; {module('quantize')} --help says what it takes")
+    source = found(chosen.data, chosen.data_root, chosen.model, chosen.classes, chosen.labels)
+    config = _config(source, chosen, others)
+    out = _out(chosen, config.method)
+
+    if chosen.weights not in ("", "pretrained") and not Path(chosen.weights).is_file():
+        raise BitfrontError(f"weights={chosen.weights}: no such file; give a .pth, .safetensors or pretrained")
+
+    from bitfront.cells.single import Chosen, quantized
+
+    network = Chosen(chosen.model, chosen.weights, chosen.classes, chosen.accelerator, out)
+    for line in quantized(source, config, network):
+        CONSOLE.print(line)
+
+
+def _check_words(words: list[str], own: list[str]) -> None:
+    """Refuse a word that is an option neither of the command nor of a method or a task.
+
+    Raises:
+        BitfrontError: with the closest.
+    """
+    knobs = {knob for name in compose.options("quant") for knob, _ in compose.knobs("quant", name)}
+    for word in words:
+        key = re.split(r"[=.]", word, maxsplit=1)[0]
+        if key not in (*CELLS, *knobs):
+            known = [*own, "quant", *sorted(knobs)]
+            raise BitfrontError(
+                f"there is no '{key}'; {closest(key, known)}options: {', '.join(known)}, quant.*, task.*"
+            )
+
+
+def _config(source: Source, chosen: Options, others: list[str]) -> compose.Config:
+    """Of the cell that would do the same: its method, reader and metric.
+
+    Raises:
+        BitfrontError: a word does not fit, or the method trains.
+    """
+    words = [f"task={source.kind}", f"quant={DEFAULT}", *others, f"data_root={chosen.data_root}"]
+    words += [f"data={chosen.data}", f"model={chosen.model}"] if source.labelled else ["data=generated"]
+    check(words)
+    config = compose.load(words)
+    run = f"{module('run')} task={source.kind}"
+    if not calibrated(config.values):
+        raise BitfrontError(
+            f"quant={config.method} is none of those after training, rtn, gptq and decoupleq; train with {run} "
+            f"data={chosen.data} model={chosen.model} quant={config.method}, or with bitfront.prepare in your own loop"
+        )
+    if config.values["quant"]["sft"]:
+        raise BitfrontError(f"quant.sft=true trains on labels: {run} data={chosen.data} model={chosen.model}")
+    if config.values["quant"]["reestimate_bn"] and not source.labelled:
+        raise BitfrontError("quant.reestimate_bn needs training data with labels, which these are not")
+    return config
+
+
+def _out(chosen: Options, method: str) -> Path:
+    """Where the file goes.
+
+    Raises:
+        BitfrontError: another file is there that it would take the place of, or there is no such folder.
+    """
+    name = chosen.model.rstrip("/").replace(":", "/").rpartition("/")[2]
+    out = Path(chosen.out or f"{name}-{method}.safetensors")
+    if not out.absolute().parent.is_dir():
+        raise BitfrontError(f"out={out}: there is no folder '{out.absolute().parent}'")
+    if out.exists():
+        with open(out, "rb") as file:
+            if b'"bitfront"' not in file.read(HEADER):
+                raise BitfrontError(f"out={out} is there and is none of our files; give another name")
+    return out

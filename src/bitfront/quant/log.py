@@ -1,0 +1,24 @@
+"""What a calibration's log says of the layers. Starts without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+EXACT = "embedding"  # a use for which rounding to nearest is the solution: its rows are the outputs
+
+
+def blind(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The tensors that were rounded without a word of their inputs, and the functions that these go into."""
+    found = {}
+    for entry in layers:
+        uses = entry.get("unseen", [EXACT])
+        if not entry["inputs"] and uses != [EXACT]:
+            found[entry["name"]] = ", ".join(uses) or "not used on these data"
+    return found
+
+
+def partly(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The tensors that were calibrated on some of their uses alone, and the functions of the others."""
+    uses = {entry["name"]: entry.get("unseen", [EXACT]) for entry in layers if entry["inputs"]}
+    return {name: ", ".join(others) for name, others in uses.items() if others != [EXACT]}
