@@ -282,9 +282,9 @@ def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("bad", "answer"),
     [
-        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "<= 15"), ({"param": "x"}, "'bits' or 'noise'"),
-        ({"noise": "x"}, "'gaussian' or 'uniform'"), ({"range": "x"}, "'minmax' or 'absmax'"),
-        ({"lr": 0.0}, "quant.lr"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
+        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "<= 15"), ({"param": "x"}, "choices: bits, noise"),
+        ({"noise": "x"}, "choices: gaussian, uniform"), ({"range": "x"}, "choices: minmax, absmax"),
+        ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
     ],
 )  # fmt: skip
 def test_diffq_values_out_of_range_are_refused(bad: dict[str, object], answer: str) -> None:

@@ -18,7 +18,7 @@ FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
 BASE = {"errors", "shipped", "console", "processes", "progress", "ranges"}
 MAY = {  # what each floor may import, besides itself
     **{name: {"errors", "shipped", "processes"} for name in BASE},
-    "quant": {"errors", "ranges"},
+    "quant": {"errors", "ranges", "progress"},
     "models": {"errors"},
     "data": {"errors", "shipped", "progress"},
     "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},

@@ -31,16 +31,16 @@ SMOKE = ("-m", "task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disab
 
 
 def test_what_failed_is_listed_with_its_command_and_only_that_is_run_again(root: Path) -> None:
-    words = (*SMOKE, "quant=rtn", "bits=40,3", f"root={root}")
+    words = (*SMOKE, "quant=float", "train.lr=1e30,1e-3", f"root={root}")
     result = cli("run", *words)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     report = result.stderr.partition("1 of 2 cells failed")[2]
-    assert "bits is 1..15, got 40" in report
+    assert "lower train.lr" in report
     before = written(root)
     (line,) = (line.split() for line in report.splitlines() if "python -m src.run" in line)
-    assert line[:3] == ["python", "-m", "src.run"] and compose.load(line[3:]).values["bits"] == 40
+    assert line[:3] == ["python", "-m", "src.run"] and compose.load(line[3:]).values["train"]["lr"] == 1e30
     repeated = cli("run", *words)
-    assert "finished before: vit rtn bits=3" in repeated.stdout and "1 of 2 cells failed" in repeated.stderr
+    assert "finished before: vit float train.lr=" in repeated.stdout and "1 of 2 cells failed" in repeated.stderr
     after = written(root)
     finished = {r.id for r in read_all(root)}
     assert {i: t for i, t in after.items() if i in finished} == {i: t for i, t in before.items() if i in finished}
@@ -227,7 +227,8 @@ def test_a_search_minimises_size_and_validation_loss(like: Callable[..., Record]
     ("words", "answer"),
     [
         (("quant=diffq", "penalty=interval(1,2)"), "add sweeper=optuna"),
-        (("quant=rtn", "init_from=/nowhere"), "1 of 1 cells failed"),
+        (("quant=rtn", "init_from=/nowhere"), "no such file"),
+        (("quant=diffq", "penalty=interval(-1,5)", "sweeper=optuna"), "penalty is not negative, got -1"),
         (("quant=rtn", "--cfg", "job"), "takes no --cfg"),
         (("quant=diffq", "sweeper=optuna"), "got nothing"),
         (("task=vit,lm", "quant=diffq", "penalty=1,2", "sweeper=optuna"), "options of one task"),

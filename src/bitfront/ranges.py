@@ -13,6 +13,7 @@ import ast
 import functools
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,28 @@ def declared(target: str) -> dict[str, Range]:
     Args:
         target: its module and name, as ``bitfront.quant.gptq.GPTQ``.
     """
+    order = dict.fromkeys(reversed(_lineage(target)))  # from the base that all have to the class
+    return {name: allowed for kind in order for name, allowed in _own(kind).items()}
+
+
+def _lineage(target: str) -> list[str]:
+    """A class, and before the others those that it is derived from first."""
     module, _, name = target.rpartition(".")
     classes, imported = _source(module)
     if name not in classes:
-        return declared(imported[name]) if name in imported else {}
-    found: dict[str, Range] = {}
-    for base in reversed(classes[name].bases):
-        if isinstance(base, ast.Name):
-            found |= declared(f"{module}.{base.id}")
-    for statement in classes[name].body:
+        return _lineage(imported[name]) if name in imported else []
+    bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name)]
+    return [target, *(kind for base in bases for kind in _lineage(f"{module}.{base}"))]
+
+
+def _own(target: str) -> dict[str, Range]:
+    """What stands in the class itself."""
+    module, _, name = target.rpartition(".")
+    for statement in _source(module)[0][name].body:
         if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "ranges" and statement.value:
-            found |= ast.literal_eval(statement.value)
-    return found
+            with suppress(ValueError):  # no literal
+                return dict(ast.literal_eval(statement.value))
+    return {}
 
 
 @functools.cache

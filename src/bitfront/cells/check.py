@@ -63,11 +63,12 @@ def check(words: Sequence[str]) -> None:
     for group in compose.CELL:
         chosen.setdefault(group, [compose.default(group)])
     pairs = [dict(zip(chosen, choice, strict=True)) for choice in itertools.product(*chosen.values())]
+    configs = [(compose.files(**pair), pair["quant"]) for pair in pairs]
     plain = [override for override in overrides if override.key_or_group not in compose.GROUPS]
     for refused in (_check_key, _check_value):
-        for pair in pairs:
+        for config, method in configs:
             for override in plain:
-                refused(compose.files(**pair), override, pair["quant"], plain)
+                refused(config, override, method, plain)
 
 
 def check_values(config: Config) -> None:

@@ -13,7 +13,6 @@ For each block of the network, in the order in which they are called:
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +21,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuning, floats, norm_parameters
 from bitfront.quant.captured import Captured, copied
 from bitfront.quant.core import Method, check
@@ -33,8 +32,7 @@ from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
 from bitfront.quant.states import States
-
-TARGETS = ("network", "block")
+from bitfront.ranges import Ranges
 
 
 @dataclass(kw_only=True)
@@ -66,13 +64,15 @@ class PostTraining(Method):
     sft: bool = False
     sft_relative: bool = True
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.samples > 0 and self.batch_size > 0, "quant.samples and quant.batch_size are positive")
-        check(self.J >= 0 and self.block_lr > 0, "J is not negative and quant.block_lr is positive")
-        check(self.target in TARGETS, f"quant.target is one of {', '.join(TARGETS)}, got {self.target}")
-        check(0 <= self.held_out < 1 and self.patience > 0, "quant.held_out is in 0..1 and quant.patience is positive")
+    ranges: ClassVar[Ranges] = {
+        "samples": "1..",
+        "batch_size": "1..",
+        "J": "0..",
+        "target": ("network", "block"),
+        "held_out": "[0, 1)",
+        "patience": "1..",
+        "block_lr": "(0, inf)",
+    }
 
     @property
     def needs_data(self) -> bool:
@@ -179,7 +179,7 @@ def _walk(
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
     reference = copy.deepcopy(network) if method.J > 0 and method.target == "network" else network
-    bar = tqdm(units, unit="block", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+    bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)
         state = states.load(n) if states else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.model import QuantizedModel, Quantizer, eligible
-from bitfront.quant.packed import MAX_BITS
+from bitfront.ranges import Ranges, of, refuse
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,10 @@ class Method:
     reestimate_bn: bool = False
     penalty: float = field(default=0.0, init=False)
     per_layer: ClassVar[tuple[str, ...]] = ()
+    ranges: ClassVar[Ranges] = {"min_size": "[0, inf)", "penalty": "[0, inf)"}  # subclasses have those that they add
 
     def __post_init__(self) -> None:
-        check(self.min_size >= 0, f"min_size is in MB and not negative, got {self.min_size}")
-        check(self.penalty >= 0, f"penalty is loss per MB and not negative, got {self.penalty}")
+        refuse(vars(self), of(type(self)))
         for pattern, settings in (self.layers or {}).items():
             for key, value in settings.items():
                 known = ", ".join(self.per_layer) or "nothing"
@@ -128,12 +128,7 @@ class FixedBits(Method):
     bits: int = 4
     group_size: int = 0
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(isinstance(self.bits, int), f"bits is a whole number, got {self.bits}")
-        check(1 <= self.bits <= MAX_BITS, f"bits is 1..{MAX_BITS}, got {self.bits}")
-        check_group_size(self.group_size)
+    ranges: ClassVar[Ranges] = {"bits": "1..15", "group_size": "-1.."}
 
 
 def check(holds: bool, message: str) -> None:
@@ -144,8 +139,3 @@ def check(holds: bool, message: str) -> None:
     """
     if not holds:
         raise BitfrontError(message)
-
-
-def check_group_size(group_size: int) -> None:
-    """Refuse group sizes that cannot be stored."""
-    check(isinstance(group_size, int) and group_size >= -1, f"group_size is n, 0 or -1, got {group_size}")

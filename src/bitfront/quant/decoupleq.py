@@ -30,11 +30,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bitfront.quant.core import check
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed, as_stored, grouped, middle_code
 from bitfront.quant.solver import Grid, Layer, Solution
+from bitfront.ranges import Ranges
 
 CENTRE = 0.015  # strength of the pull to the centre of the box, and damping of the feedback, for one level
 RELAXED = 8  # steps of ``relax``
@@ -59,11 +59,7 @@ class DecoupleQ(GPTQ):
     K: int = 1
     J: int = 4
     per_layer: ClassVar[tuple[str, ...]] = (*GPTQ.per_layer, "level", "N", "M", "K")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.level in (0, 1, 2), f"level is 0 (ours), 1 or 2 (the paper's), got {self.level}")
-        check(self.N > 0 and self.M >= 0 and self.K >= 0, "N is positive, quant.M and quant.K are not negative")
+    ranges: ClassVar[Ranges] = {"level": (0, 1, 2), "N": "1..", "M": "0..", "K": "0.."}
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is not None:

@@ -24,9 +24,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.core import Trained, check, check_group_size
+from bitfront.quant.core import Trained, check
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import MAX_BITS, Packed, grouped, ungrouped
+from bitfront.ranges import Ranges
 
 
 class DiffQQuantizer(Quantizer):
@@ -102,6 +103,13 @@ class DiffQ(Trained):
     range: str = "minmax"
     extra_bits: int = 0
     lr: float = 1e-3
+    ranges: ClassVar[Ranges] = {
+        "group_size": "-1..",
+        "param": ("bits", "noise"),
+        "noise": ("gaussian", "uniform"),
+        "range": ("minmax", "absmax"),
+        "lr": "(0, inf)",
+    }
     per_layer: ClassVar[tuple[str, ...]] = (
         "group_size",
         "min_bits",
@@ -115,17 +123,12 @@ class DiffQ(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_group_size(self.group_size)
         check(
             all(isinstance(b, int) for b in (self.min_bits, self.init_bits, self.max_bits, self.extra_bits))
             and 1 <= self.min_bits < self.init_bits < self.max_bits <= MAX_BITS,
             f"widths are whole numbers with 1 <= min_bits < init_bits < max_bits <= {MAX_BITS}, "
             f"got {self.min_bits}, {self.init_bits}, {self.max_bits}",
         )
-        check(self.param in ("bits", "noise"), f"quant.param is 'bits' or 'noise', got '{self.param}'")
-        check(self.noise in ("gaussian", "uniform"), f"quant.noise is 'gaussian' or 'uniform', got '{self.noise}'")
-        check(self.range in ("minmax", "absmax"), f"quant.range is 'minmax' or 'absmax', got '{self.range}'")
-        check(self.lr > 0, f"quant.lr is positive, got {self.lr}")
 
     def widths(self, logits: Tensor) -> Tensor:
         """Bits of logits, elementwise."""

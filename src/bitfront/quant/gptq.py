@@ -22,6 +22,7 @@ from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed, code_dtype
 from bitfront.quant.rtn import RTN
 from bitfront.quant.solver import Layer, Solution, solve_rows
+from bitfront.ranges import Ranges
 
 
 @dataclass(kw_only=True)
@@ -41,12 +42,11 @@ class GPTQ(RTN):
     act_order: bool = True
     sees_inputs: ClassVar[bool] = True
     per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
+    ranges: ClassVar[Ranges] = {"bits": "1..8", "damping": "[0, inf)"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.bits <= 8, f"bits is 1..8 for this method, got {self.bits}")
         check(self.group_size != 0, "group_size is n or -1 (a row) for this method, which solves row by row")
-        check(self.damping >= 0, f"quant.damping is not negative, got {self.damping}")
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is None:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.core import FixedBits, Trained, check
+from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, grouped, ungrouped
+from bitfront.ranges import Ranges
 
 
 class LSQQuantizer(Quantizer):
@@ -65,10 +67,7 @@ class LSQ(FixedBits, Trained):
     """
 
     lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.lr >= 0, f"quant.lr is not negative, got {self.lr}")
+    ranges: ClassVar[Ranges] = {"lr": "[0, inf)"}
 
     def quantizer(self, w: Tensor) -> LSQQuantizer:
         return LSQQuantizer(w, self.bits, self.group_size)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from bitfront.quant.calibration import PostTraining
-from bitfront.quant.core import FixedBits, check
+from bitfront.quant.core import FixedBits
 from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed
 from bitfront.quant.rounding import round_to_nearest
-
-SCALE_TYPES = ("float32", "float16", "bfloat16")
+from bitfront.ranges import Ranges
 
 
 @dataclass(kw_only=True)
@@ -35,10 +34,7 @@ class RTN(PostTraining, FixedBits):
     scale_dtype: str = "float32"
     sees_inputs: ClassVar[bool] = False
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "scale_dtype")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.scale_dtype in SCALE_TYPES, f"quant.scale_dtype is one of {', '.join(SCALE_TYPES)}")
+    ranges: ClassVar[Ranges] = {"scale_dtype": ("float32", "float16", "bfloat16")}
 
     @property
     def dtype(self) -> torch.dtype:
