@@ -282,7 +282,7 @@ def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("bad", "answer"),
     [
-        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "<= 15"), ({"param": "x"}, "choices: bits, noise"),
+        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "<= 15"), ({"param": "x"}, "choices: bits"),
         ({"noise": "x"}, "choices: gaussian, uniform"), ({"range": "x"}, "choices: minmax, absmax"),
         ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
     ],

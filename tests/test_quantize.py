@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torchvision
 import transformers
 from conftest import cli
 from test_images_task import CLASSES, pictures
+from test_library import in_another_program
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -115,17 +115,7 @@ def test_photos_from_class_folders_to_a_file_that_another_program_reads(quantize
     assert f"file: {size:,} bytes" in done.stdout and f"{size:,} bytes of 1,419,924" in done.stdout
     x = torch.randn(3, 3, 32, 32)
     ours = bitfront.load(quantize.out, into=convnet())
-    torch.save((x, outputs(ours, x)), quantize.out.parent / "wanted.pt")
-    code = """
-import bitfront, torch, torchvision
-torch.set_num_threads(1)  # as here: sums of other parts round otherwise
-x, wanted = torch.load("wanted.pt")
-net = bitfront.load("net.safetensors", into=torchvision.models.shufflenet_v2_x0_5(num_classes=5)).eval()
-with torch.no_grad():
-    print(torch.equal(net(x), wanted))
-"""
-    again = subprocess.run([sys.executable, "-c", code], cwd=quantize.out.parent, capture_output=True, text=True)
-    assert again.stdout == "True\n", again.stderr
+    assert torch.equal(in_another_program(quantize.out, x), outputs(ours, x))
     packed = bitfront.Artifact.load(quantize.out).packed
     assert packed and all(int(p.bits.max()) == 4 for p in packed.values())
     again = quantize("model=theirs:convnet", f"weights={quantize.out}", "data=theirs:loader", "quant=rtn", "bits=8")

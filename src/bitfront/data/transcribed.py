@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitfront.data.folders import completed, files
 from bitfront.data.own import by_split, few, utf8
+from bitfront.data.recordings import Files
 from bitfront.data.speech import Alphabet
 from bitfront.errors import BitfrontError
 
@@ -57,35 +58,33 @@ def learned(texts: Iterable[str]) -> Learned:
 
 
 @dataclass
-class Transcribed:
-    """Audio files of any rate and number of channels, read when they are drawn.
-
-    Attributes:
-        paths, texts: of the files, and what is said.
-        lengths: of each, in samples at ``rate``.
-        rate: that they are brought to.
-    """
-
-    paths: list[Path]
-    texts: list[str]
-    lengths: Sequence[int]
-    rate: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
+class Transcribed(Files):
+    """Audio files of any rate and number of channels; ``rate`` is what they are brought to."""
 
     def utterance(self, index: int) -> tuple[Tensor, str]:
-        import soundfile
+        return mono(self.paths[index], self.rate), self.texts[index]
 
-        path = self.paths[index]
-        try:
-            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except (OSError, soundfile.LibsndfileError) as error:
-            raise BitfrontError(f"could not read '{path}' ({error}); repair it or take it out") from None
-        mono = torch.from_numpy(samples).mean(1)
-        if len(mono) < SHORTEST / 2 * rate:
-            raise BitfrontError(f"'{path}' ends early; repair it or take it out")
-        return (mono if rate == self.rate else resampler(rate, self.rate)(mono)), self.texts[index]
+
+def mono(path: Path, rate: int) -> Tensor:
+    """A recording, its channels mixed, ``[samples]``.
+
+    Args:
+        path: of the file.
+        rate: in Hz, to which it is resampled.
+
+    Raises:
+        BitfrontError: it cannot be read, or is too short.
+    """
+    import soundfile
+
+    try:
+        samples, own = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise BitfrontError(f"could not read '{path}' ({error}); repair it or take it out") from None
+    mixed = torch.from_numpy(samples).mean(1)
+    if len(mixed) < SHORTEST / 2 * own:
+        raise BitfrontError(f"'{path}' ends early; repair it or take it out")
+    return mixed if own == rate else resampler(own, rate)(mixed)
 
 
 @functools.cache

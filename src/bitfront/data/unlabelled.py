@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitfront.data.imagenet import Photos
 from bitfront.data.own import utf8
+from bitfront.data.transcribed import mono
 from bitfront.errors import BitfrontError
 
 
@@ -68,16 +68,9 @@ def sounds(paths: Sequence[Path], rate: int, seconds: float, folder: Path | None
     Raises:
         BitfrontError: a file cannot be read, or the folder has no feature extractor.
     """
-    import soundfile
-    from torchaudio.functional import resample
-
     extract = _preprocessor("AutoFeatureExtractor", folder) if folder else None
     for path in shuffled(paths):
-        try:
-            values, own = soundfile.read(path, dtype="float32", always_2d=True)
-        except (OSError, RuntimeError) as error:
-            raise BitfrontError(f"could not read '{path}': {error}; repair it or take it out") from None
-        wave = resample(torch.from_numpy(values.mean(1)), own, rate)[None, : round(seconds * rate)]
+        wave = mono(path, rate)[None, : round(seconds * rate)]
         yield dict(extract(wave[0].numpy(), sampling_rate=rate, return_tensors="pt")) if extract else wave
 
 
