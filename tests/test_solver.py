@@ -375,9 +375,9 @@ def test_symmetric_grids_keep_zero(method: GPTQ) -> None:
     [
         (GPTQ, {"bits": 9}, "1..8"),
         (GPTQ, {"group_size": 0}, "row by row"),
-        (GPTQ, {"scale_dtype": "int8"}, "scale_dtype is one of"),
+        (GPTQ, {"scale_dtype": "int8"}, "choices: float32, float16, bfloat16"),
         (GPTQ, {"damping": -1.0}, "not negative"),
-        (DecoupleQ, {"level": 3}, "level is 0"),
+        (DecoupleQ, {"level": 3}, "choices: 0, 1, 2"),
         (DecoupleQ, {"N": 0}, "N is positive"),
         (RTN, {"J": -1}, "J is not negative"),
         (RTN, {"samples": 0}, "positive"),

@@ -4,6 +4,7 @@ when that is done; in a log file, of what has steps, a line every half minute.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from bitfront.processes import rank
 
 TICK, LINE = 0.4, 30.0  # seconds between two pictures on a terminal, and between two lines in a log file
+POSITION = "TQDM_POSITION"  # the line of this process among those beside it; tqdm reads it only when it is imported
 SPINNER = "|/-\\"
 
 
@@ -40,7 +42,7 @@ class Bar(tqdm):
             usual |= {"mininterval": LINE, "delay": LINE}
         if Bar._open:
             Bar._open[-1].clear()
-            usual["position"] = abs(Bar._open[-1].pos)
+        usual["position"] = int(os.environ.get(POSITION, 0))
         super().__init__(*arguments, **usual | options)
         if self.terminal and not self.disable:
             Bar._open.append(self)

@@ -24,7 +24,7 @@ from bitfront.cells.runs import Origin, Run
 from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit
 from bitfront.cells.training import Training
-from bitfront.cells.usage import networks
+from bitfront.cells.usage import elsewhere
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
@@ -50,7 +50,7 @@ def build_task(config: Config) -> Task:
     except BitfrontError as error:
         if f"there is no model={values.get('model')}" not in str(error):
             raise
-        raise BitfrontError("\n".join([f"{error}\nmodel= takes", *networks()])) from None
+        raise BitfrontError(f"{error}\n{elsewhere(config.task)}") from None
     if not recipe.epochs and values["init_from"] is None and not task.pretrained:
         raise BitfrontError("train.epochs=0 only measures; give init_from=<file>, or epochs to train from scratch")
     return task

@@ -28,7 +28,7 @@ def usage() -> str:
         *_listed("task"),
         "",
         "Networks (model=), of the tasks that have a choice:",
-        *networks(),
+        *(line for text, tasks in networks().items() for line in (f"  {text}", f"{'':24}task={', '.join(tasks)}")),
         "",
         "Methods (quant=) and their knobs:",
         *_listed("quant"),
@@ -53,8 +53,8 @@ def usage() -> str:
     return "\n".join(lines).replace("=None", "=null").replace("=False", "=false")
 
 
-def networks() -> list[str]:
-    """What ``model=`` takes, and which tasks take it: their defaults, and what the comments beside them name."""
+def networks() -> dict[str, list[str]]:
+    """What ``model=`` takes, and the tasks that take it: their defaults, and what the comments beside them name."""
     tasks: dict[frozenset[str], list[str]] = defaultdict(list)
     texts: dict[frozenset[str], str] = {}
     for name in compose.options("task"):
@@ -64,7 +64,20 @@ def networks() -> list[str]:
             kept = [choice for choice in dict.fromkeys(found) if "<" in choice or not choice.startswith(covered)]
             tasks[frozenset(kept)].append(name)
             texts.setdefault(frozenset(kept), " | ".join(kept))
-    return [line for key, text in texts.items() for line in (f"  {text}", f"{'':24}task={', '.join(tasks[key])}")]
+    return {text: tasks[key] for key, text in texts.items()}
+
+
+def elsewhere(task: str) -> str:
+    """For who gave a task a network that it has not: what it takes, and which kinds other tasks take."""
+    known = networks()
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for text, tasks in known.items():
+        for kind in text.split(" | "):
+            if "<" in kind and task not in tasks:
+                kinds[kind] += tasks
+    own = next((text for text, tasks in known.items() if task in tasks), "no other")
+    others = [f"{kind} (task={', '.join(sorted(tasks))})" for kind, tasks in kinds.items() if kind not in own]
+    return f"task={task} takes model={own}" + (f"; others take {', '.join(others)}" if others else "")
 
 
 def _listed(group: str) -> list[str]:

@@ -45,18 +45,24 @@ def forecast(cells: Sequence[Cell], workers: int = 1) -> None:
         cells: none of which is started.
         workers: cells that run at once.
     """
-    starts: dict[tuple[str, ...], list[Cell]] = {}
+    users: dict[Path, list[Cell]] = {}
     for cell in cells:
         if cell.start:
-            starts.setdefault(tuple(cell.start.words), []).append(cell)
+            users.setdefault(_place(cell.start), []).append(cell)
     records = [record for root in {cell.config.values["root"] for cell in cells} for record in read_all(Path(root))]
-    own = {tuple(cell.words) for cell in cells}
-    before = [planned(users[0].start, records, len(users)) for key, users in starts.items() if key not in own]
-    table = [planned(cell, records, len(starts.get(tuple(cell.words), []))) for cell in cells]
+    own = {_place(cell) for cell in cells}
+    before = [planned(some[0].start, records, len(some)) for place, some in users.items() if place not in own]
+    table = [planned(cell, records, len(users.get(_place(cell), []))) for cell in cells]
     _show([*before, *table])
     tasks = {part.cell.config.task for part in table}
     for text in summary(before, table, workers, sorted({r.device for r in records if r.task in tasks})):
         CONSOLE.print(text, soft_wrap=False)
+
+
+def _place(cell: Cell) -> Path:
+    """Where its run is; nowhere as long as its start, which says where, is not finished."""
+    run = cell.run()
+    return run.path if run else Path()
 
 
 def planned(cell: Cell | None, records: Sequence[Record], users: int) -> Planned:

@@ -23,6 +23,7 @@ from bitfront.cells.identity import trains
 from bitfront.cells.runs import JOB
 from bitfront.console import ERRORS
 from bitfront.errors import BitfrontError, BusyError, first_line
+from bitfront.progress import POSITION, phase
 
 PARENT, WORKERS = "BITFRONT_SWEEP", "BITFRONT_WORKERS"
 
@@ -103,8 +104,11 @@ def _enlist() -> None:
     _watch(lambda: os.getppid() == parent)
     number = own_number(Path(os.environ[WORKERS]))
     if sys.stderr.isatty():
-        os.environ["TQDM_POSITION"] = str(number)
-    import torch
+        os.environ[POSITION] = str(number)
+    with phase("loading PyTorch"):
+        import torch
+
+        import bitfront.cells.flow  # noqa: F401 with which a cell would else begin
 
     there = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if there:
