@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +226,22 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monk
         artifact.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        {"shape": [1 << 40]},
+        {"shape": [1 << 20, 1 << 20], "rows": 1 << 20},
+        {"rows": 3},
+        {"rows": -1},
+        {"rows": "4"},
+        {"bits": [0, 0]},
+        {"group_size": 0},
+        {"scales": 0},
+    ],
+)
+def test_crafted_layouts_are_refused_before_memory_is_taken(crafted: dict[str, Any]) -> None:
+    packed = round_to_nearest(torch.randn(16, 20), 3, 8)
+    with pytest.raises((ArtifactError, ValueError, TypeError, ArithmeticError, RuntimeError)):
+        Packed.from_bytes(packed.to_bytes(), packed.layout() | crafted)

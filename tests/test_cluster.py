@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +63,24 @@ def test_killed_and_rerun_a_sweep_redoes_only_what_was_unfinished(root: Path) ->
     after = written(root)
     assert len(after) == 5 and {i: after[i] for i in before} == before
     assert result.stdout.count("finished before") == len(before) - 1
+
+
+def test_an_interrupted_sweep_ends_with_its_workers_in_one_line(root: Path) -> None:
+    """A terminal's Ctrl-C goes to all processes in it."""
+    words = (*SMOKE, "quant=diffq", "penalty=range(1,20)", f"root={root}", "cluster=local")
+    command_line = [sys.executable, "-m", "src.run", *words]
+    running = subprocess.Popen(command_line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((root / "vit").glob("diffq/*/last.ckpt")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode in (130, -signal.SIGINT)
+    assert re.fullmatch(r"interrupted; the same command goes on with the 1\d of 19 cells that are not finished\n", told)
+    while any(Run(path).held() for path in (root / "vit" / "diffq").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_two_sweeps_on_the_same_cells_share_them(root: Path) -> None:

@@ -260,21 +260,21 @@ def test_generated_music_is_the_same_everywhere(brief: None, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "answer"),
     [
-        ["task.segment=1"],
-        ["task.stride=0"],
-        ["task.overlap=1"],
-        ["task.window=0"],
-        ["task.shifts=0", "task=separation_musdb"],
-        ["task.repitch=2", "task=separation_musdb"],
-        ["train.schedule=step", "task=separation_musdb"],
-        ["model=tasnet", "task=separation_musdb"],
+        (["task.segment=1"], "no longer than"),
+        (["task.stride=0"], "positive"),
+        (["task.overlap=1"], r"in \[0, 1\)"),
+        (["task.window=0"], "positive"),
+        (["task.shifts=0", "task=separation_musdb"], "positive"),
+        (["task.repitch=2", "task=separation_musdb"], r"in \[0, 1\]"),
+        (["train.schedule=step", "task=separation_musdb"], "out of range"),
+        (["model=tasnet", "task=separation_musdb"], "there is no"),
     ],
 )
-def test_impossible_tasks_are_refused(words: list[str]) -> None:
+def test_impossible_tasks_are_refused(words: list[str], answer: str) -> None:
     name = next((w.partition("=")[2] for w in words if w.startswith("task=")), "separation")
-    with pytest.raises(BitfrontError, match="out of range"):
+    with pytest.raises(BitfrontError, match=answer):
         task(name, *(w for w in words if not w.startswith("task=")))
     with pytest.raises(BitfrontError, match=r"task.window=10\.0"):
         task("separation_musdb", "model=htdemucs")

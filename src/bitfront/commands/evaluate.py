@@ -22,6 +22,7 @@ from bitfront.commands.options import options
 from bitfront.commands.options import usage as usage_of
 from bitfront.console import CONSOLE
 from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.progress import phase
 
 
 @dataclass
@@ -77,10 +78,11 @@ def evaluate(
     """
     if not artifact.is_file():
         raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
-    import torch
+    with phase("loading PyTorch"):
+        import torch
 
-    from bitfront.cells import flow, trainer
-    from bitfront.quant.artifact import Artifact
+        from bitfront.cells import flow, trainer
+        from bitfront.quant.artifact import Artifact
 
     about = Artifact.load(artifact).about
     config = recorded(about | {"task": task} if task else about, str(artifact), changes)

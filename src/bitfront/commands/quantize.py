@@ -20,12 +20,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bitfront.cells import compose
-from bitfront.cells.check import check, closest
+from bitfront.cells.check import check, check_values, closest
 from bitfront.cells.identity import calibrated
 from bitfront.commands.options import options
 from bitfront.console import CONSOLE
 from bitfront.data.source import Source, found
 from bitfront.errors import BitfrontError
+from bitfront.progress import phase
 from bitfront.shipped import module
 
 DEFAULT = "decoupleq"
@@ -83,7 +84,8 @@ def main(words: list[str]) -> None:
     if chosen.weights not in ("", "pretrained") and not Path(chosen.weights).is_file():
         raise BitfrontError(f"weights={chosen.weights}: no such file; give a .pth, .safetensors or pretrained")
 
-    from bitfront.cells.single import Chosen, quantized
+    with phase("loading PyTorch"):
+        from bitfront.cells.single import Chosen, quantized
 
     network = Chosen(chosen.model, chosen.weights, chosen.classes, chosen.accelerator, out)
     for line in quantized(source, config, network):
@@ -116,6 +118,7 @@ def _config(source: Source, chosen: Options, others: list[str]) -> compose.Confi
     words += [f"data={chosen.data}", f"model={chosen.model}"] if source.labelled else ["data=generated"]
     check(words)
     config = compose.load(words)
+    check_values(config)
     run = f"{module('run')} task={source.kind}"
     if not calibrated(config.values):
         raise BitfrontError(

@@ -9,11 +9,10 @@ import yaml
 
 from bitfront.cells import compose
 from bitfront.cells.cell import Cell
-from bitfront.cells.check import check, check_values
+from bitfront.cells.check import check
 from bitfront.cells.usage import usage
 from bitfront.console import CONSOLE
 from bitfront.errors import BitfrontError
-from bitfront.progress import phase
 from bitfront.sweeps.beforehand import refuse
 from bitfront.sweeps.forecast import forecast
 from bitfront.sweeps.grid import grid
@@ -48,22 +47,15 @@ def main(words: list[str]) -> None:
             raise BitfrontError(f"'{override.input_line}' has several values; add -m for a sweep")
         if compose.names(override.key_or_group, "hydra"):
             raise BitfrontError("hydra.* are options of a sweep's cluster=; add -m")
-    check_values(compose.load(words))
     cell = Cell(words)
     if asked:
         CONSOLE.print(yaml.safe_dump(cell.config.values, sort_keys=False, allow_unicode=True).rstrip())
-    elif dry:
-        refuse([cell])
+        return
+    refuse([cell])
+    if dry:
         forecast([cell])
-    else:
-        _single(cell)
-
-
-def _single(cell: Cell) -> None:
+        return
     try:
-        if not cell.record():
-            with phase("loading PyTorch"):
-                from bitfront.cells import flow  # noqa: F401 takes seconds, in which something is to be seen
         cell.execute()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(cell)) from None

@@ -14,7 +14,7 @@ where codes are bit planes: plane ``i`` holds bit ``i`` of every code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,8 +214,10 @@ class Packed:
         """
         shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
         lowest, highest = layout["bits"]
+        if lowest < 1 or shape.numel() * lowest > 8 * data.numel():  # before any memory is taken for it
+            raise ArtifactError("an entry is shorter than its header says; the file is damaged, write it again")
         rows = layout.get("rows", 0)
-        if rows and shape.numel() % rows:
+        if rows < 0 or (rows and shape.numel() % rows):
             raise ArtifactError(f"{rows} rows do not divide {list(shape)}; the file is damaged")
         n_groups = max(rows, 1) * -(-shape.numel() // max(rows, 1) // group_size)
         if n_groups % scales:
@@ -232,17 +234,7 @@ class Packed:
         table = (highest - lowest).bit_length()
         bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
         stored = kept(shape.numel() // rows, group_size, rows) if rows else None
-        codes: np.ndarray = np.zeros((n_groups, group_size), np.uint8 if highest <= 8 else np.uint16)
-        for width in np.unique(bits).tolist():
-            here = np.flatnonzero(bits == width) if lowest < highest else slice(None)
-            if stored is None:
-                n = int(np.count_nonzero(bits == width)) * group_size
-                codes[here] = unpack(take(packed_bytes(n, width)), width, n).reshape(-1, group_size)
-            else:
-                n = int(np.count_nonzero(stored[here]))
-                part = np.zeros_like(codes[here])
-                part[stored[here]] = unpack(take(packed_bytes(n, width)), width, n)
-                codes[here] = part
+        codes = _codes(take, bits, group_size, stored)
         dtype = getattr(torch, layout["dtype"])
         lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
         if rest.size:
@@ -250,6 +242,24 @@ class Packed:
         codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
         return cls(codes_tensor, bits_tensor, lo, span, shape, rows)
+
+
+def _codes(
+    take: Callable[[int], np.ndarray], bits: np.ndarray, group_size: int, stored: np.ndarray | None
+) -> np.ndarray:
+    """Codes ``[groups, group_size]``, read width by width; those that are not stored are 0."""
+    codes: np.ndarray = np.zeros((len(bits), group_size), np.uint8 if bits.max() <= 8 else np.uint16)
+    for width in np.unique(bits).tolist():
+        here = np.flatnonzero(bits == width)
+        if stored is None:
+            n = len(here) * group_size
+            codes[here] = unpack(take(packed_bytes(n, width)), width, n).reshape(-1, group_size)
+        else:
+            part, kept_here = np.zeros_like(codes[here]), stored[here]
+            n = int(np.count_nonzero(kept_here))
+            part[kept_here] = unpack(take(packed_bytes(n, width)), width, n)
+            codes[here] = part
+    return codes
 
 
 def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:

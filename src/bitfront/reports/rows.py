@@ -51,8 +51,9 @@ class Row:
 
     @cached_property
     def setting(self) -> str:
-        """As in the record, but a start given by its path is the run's directory."""
-        return re.sub(r"(init_from=)\S*?([^/\s]+)/[^/\s]+(?!\S)", r"\1\2", self.records[0].setting)
+        """As in the record, but a start given by its path is the run's directory, or the file's name."""
+        runs = re.sub(r"(init_from=)\S*?([^/\s]+)/model\.safetensors(?!\S)", r"\1\2", self.records[0].setting)
+        return re.sub(r"(init_from=)\S*/([^/\s]+)(?!\S)", r"\1\2", runs)
 
     @property
     def own_setting(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from bitfront.data.images import SUFFIXES, check_images, generated
 from bitfront.errors import BitfrontError
 from bitfront.models import named
 from bitfront.models.images import NETWORKS
+from bitfront.ranges import Ranges
 from bitfront.tasks.vision import Classifier
 
 GENERATED = 10  # classes, of data=generated
@@ -48,21 +49,19 @@ class OwnImages(Classifier):
     crop_share: float
     scale: float
     mirror: bool
+    ranges: ClassVar[Ranges] = {
+        "image_size": "1..",
+        "interpolation": ("bilinear", "bicubic", "nearest"),
+        "crop_share": "(0, 1]",
+        "scale": "(0, 1]",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named.check(self.network, [] if ":" in self.network else [*NETWORKS, *named.libraries()])
         self.pretrained = self.network.startswith(named.FOLDER)
-        for name, fits in {
-            "image_size": self.image_size > 0,
-            "mean": len(self.mean) == 3,
-            "std": len(self.std) == 3 and min(self.std) > 0,
-            "interpolation": self.interpolation in ("bilinear", "bicubic", "nearest"),
-            "crop_share": 0 < self.crop_share <= 1,
-            "scale": 0 < self.scale <= 1,
-        }.items():
-            if not fits:
-                raise BitfrontError(f"task.{name}={getattr(self, name)} is out of range")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise BitfrontError(f"task.mean={self.mean} and task.std={self.std} have three numbers each, std positive")
 
     @cached_property
     def found(self) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:

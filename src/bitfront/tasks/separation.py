@@ -18,6 +18,7 @@ from bitfront.data.audio import REMIXED, Excerpts, Form, Song, Whole, excerpt_le
 from bitfront.data.music import music
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes
+from bitfront.ranges import Ranges
 from bitfront.tasks.core import Task
 from bitfront.tasks.sdr import FramewiseSDR, GlobalSDR
 
@@ -56,19 +57,14 @@ class Separator(Task):
     demucs: dict[str, Any] = field(default_factory=dict)
     hdemucs: dict[str, Any] = field(default_factory=dict)
     htdemucs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, fits in {
-            "repitch": 0 <= self.repitch <= 1,
-            "overlap": 0 <= self.overlap < 1,
-            "repeat": self.repeat > 0,
-            "shifts": self.shifts > 0,
-            "stride": self.stride > 0,
-            "window": self.window > 0,
-        }.items():
-            if not fits:
-                raise BitfrontError(f"task.{name}={getattr(self, name)} is out of range")
+    ranges: ClassVar[Ranges] = {
+        "repitch": "[0, 1]",
+        "overlap": "[0, 1)",
+        "repeat": "1..",
+        "shifts": "1..",
+        "stride": "(0, inf)",
+        "window": "(0, inf)",
+    }
 
     def check_length(self) -> None:
         """Refuse excerpts of which nothing is left, and windows that a network does not take.
@@ -77,7 +73,10 @@ class Separator(Task):
             BitfrontError: naming the option.
         """
         if self.length <= 0:
-            raise BitfrontError(f"task.segment={self.segment} is out of range")
+            raise BitfrontError(
+                f"task.segment={self.segment} is no longer than task.stride={self.stride}, and a network gets the "
+                "difference; give a longer one"
+            )
         longest = self.length / self.form.samplerate
         if self.network == "htdemucs" and self.window > longest:
             raise BitfrontError(f"htdemucs sees {longest} s in training and no more later; set task.window={longest}")
@@ -181,7 +180,7 @@ class Separation(Separator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.network not in NETWORKS:
-            raise BitfrontError(f"task.network={self.network} is out of range")
+            raise BitfrontError(f"there is no task.network={self.network}; choices: {', '.join(NETWORKS)}")
         self.check_length()
 
     @property
