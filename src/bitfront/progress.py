@@ -22,12 +22,12 @@ SPINNER = "|/-\\"
 
 
 class Bar(tqdm):
-    """A progress bar, for the process's standard errors.
+    """A progress bar on standard error.
 
     Of bars that are open at once, the one opened last has the line: training gives it to validation and takes it back.
 
     Args:
-        options: of tqdm.
+        arguments, options: of tqdm.
     """
 
     monitor_interval = 0  # tqdm's own thread, which looks every ten seconds
@@ -36,13 +36,11 @@ class Bar(tqdm):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.terminal, self._closed = sys.stderr.isatty(), threading.Event()
         usual: dict[str, Any] = {"leave": False, "file": sys.stderr, "dynamic_ncols": True, "disable": rank() > 0}
-        if self.terminal:
-            usual |= {"mininterval": 0.1, "miniters": 1}
-        else:
-            usual |= {"mininterval": LINE, "delay": LINE}
+        usual |= {"position": int(os.environ.get(POSITION, 0))}
+        usual |= {"miniters": 1}  # look at the clock after each step: the next ones may be slower
+        usual |= {"mininterval": 0.1} if self.terminal else {"mininterval": LINE, "delay": LINE}
         if Bar._open:
             Bar._open[-1].clear()
-        usual["position"] = int(os.environ.get(POSITION, 0))
         super().__init__(*arguments, **usual | options)
         if self.terminal and not self.disable:
             Bar._open.append(self)
