@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.packed import Packed
-from bitfront.quant.parametrized import parametrized, resolve
+from bitfront.quant.parametrized import duplicate, parametrized, resolve
 
 VERSION = 2  # of files with groups of a row by themselves; those without are of version 1
 
@@ -73,7 +73,7 @@ class Artifact:
     def to_bytes(self) -> bytes:
         """The file."""
         tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
-        tensors = {name: t.contiguous().clone() if t.dim() == 0 else t.contiguous() for name, t in tensors.items()}
+        tensors = _apart(tensors)
         header = {
             "version": VERSION if any(packed.rows for packed in self.packed.values()) else 1,
             "quantized": {name: packed.layout() for name, packed in self.packed.items()},
@@ -107,8 +107,10 @@ class Artifact:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("bitfront", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (safetensors.SafetensorError, ValueError, OSError) as error:
+        except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
             raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or rerun the cell") from None
+        except MemoryError:
+            raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
         if not isinstance(header, dict):
             raise ArtifactError(f"'{path}' was not written by bitfront: its header has no 'bitfront' entry")
         try:
@@ -123,6 +125,8 @@ class Artifact:
             return cls(packed, tensors, tied, about)
         except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"'{path}' is damaged (header: {error!r}); copy it again or rerun the cell") from None
+        except MemoryError:
+            raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
 
     def load_into(self, network: nn.Module) -> None:
         """Write every tensor into a float network of the same architecture; exactly the same names.
@@ -134,24 +138,35 @@ class Artifact:
         """
         state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
         state |= {alias: state[name] for alias, name in self.tied.items()}
-        if parametrized(network) and not network.state_dict().keys() <= state.keys():
-            resolve(network)
-        wanted = network.state_dict()
-        problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
-        problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]
-        for name in wanted.keys() & state.keys():
-            if wanted[name].shape != state[name].shape:
-                problems.append(f"'{name}' is {list(state[name].shape)}, not {list(wanted[name].shape)}")
-            elif name in self.raw and wanted[name].dtype != state[name].dtype:
-                problems.append(f"'{name}' is {state[name].dtype}, not {wanted[name].dtype}")
+        composed = bool(parametrized(network)) and not network.state_dict().keys() <= state.keys()
+        problems = self._problems(resolve(duplicate(network)) if composed else network, state)
         if problems:
             raise ArtifactError("the artifact belongs to another network: " + "; ".join(sorted(problems)[:5]))
-        network.load_state_dict(state)
+        (resolve(network) if composed else network).load_state_dict(state)
+
+    def _problems(self, network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+        """Where a network is another than the one that was stored."""
+        wanted = network.state_dict(keep_vars=True)
+        problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
+        problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]
+        first: dict[int, str] = {}
+        for name in [name for name in wanted if name in state]:
+            tensor, ours = wanted[name], state[name]
+            known = first.setdefault(id(tensor), name)
+            if not isinstance(tensor, Tensor):
+                problems.append(f"'{name}' of the network's state is no tensor")
+            elif tensor.shape != ours.shape:
+                problems.append(f"'{name}' is {list(ours.shape)}, not {list(tensor.shape)}")
+            elif name in self.raw and tensor.dtype != ours.dtype:
+                problems.append(f"'{name}' is {ours.dtype}, not {tensor.dtype}")
+            elif state[known] is not ours and not torch.equal(state[known], ours):
+                problems.append(f"'{name}' is not the same as '{known}', to which the network ties it")
+        return problems
 
 
 def float_bytes(network: nn.Module) -> int:
     """Bytes of all that a network's file would hold without quantization, tied tensors once."""
-    state = {id(t): t for t in network.state_dict(keep_vars=True).values()}
+    state = {id(t): t for t in network.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.itemsize for t in state.values())
 
 
@@ -173,6 +188,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise ArtifactError(
             f"could not write '{path}' ({error.strerror}); make room and run the same command"
         ) from None
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors each with a memory of its own, as safetensors wants them."""
+    apart: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        memory = tensor.untyped_storage()
+        shared = memory.nbytes() != tensor.nbytes or memory.data_ptr() in memories
+        apart[name] = tensor.clone() if shared else tensor
+        memories.add(memory.data_ptr())
+    return apart
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.quant.core import Trained, check
+from bitfront.quant.layout import MAX_BITS
 from bitfront.quant.model import Quantizer
-from bitfront.quant.packed import MAX_BITS, Packed, grouped, ungrouped
+from bitfront.quant.packed import Packed, grouped, ungrouped
 from bitfront.ranges import Ranges
 
 

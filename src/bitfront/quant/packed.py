@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.quant.layout import Layout
 
-MAX_BITS = 15  # codes fit int16
 _CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
 
 
@@ -210,18 +210,11 @@ class Packed:
         """Read an entry.
 
         Raises:
-            ArtifactError: the entry's length is not what the layout says.
+            ArtifactError: the layout is none, or the entry is not what it says.
         """
-        shape, group_size, scales = torch.Size(layout["shape"]), layout["group_size"], layout["scales"]
-        lowest, highest = layout["bits"]
-        if lowest < 1 or shape.numel() * lowest > 8 * data.numel():  # before any memory is taken for it
-            raise ArtifactError("an entry is shorter than its header says; the file is damaged, write it again")
-        rows = layout.get("rows", 0)
-        if rows < 0 or (rows and shape.numel() % rows):
-            raise ArtifactError(f"{rows} rows do not divide {list(shape)}; the file is damaged")
-        n_groups = max(rows, 1) * -(-shape.numel() // max(rows, 1) // group_size)
-        if n_groups % scales:
-            raise ArtifactError(f"{scales} scales cannot be shared by {n_groups} groups; the file is damaged")
+        if data.dtype != torch.uint8 or data.dim() != 1:
+            raise ArtifactError(f"an entry is {data.dtype} {list(data.shape)}, not bytes; the file is damaged")
+        at = Layout.read(layout, data.numel())
         rest = data.numpy()
 
         def take(n: int) -> np.ndarray:
@@ -231,17 +224,21 @@ class Packed:
             head, rest = rest[:n], rest[n:]
             return head
 
-        table = (highest - lowest).bit_length()
-        bits = unpack(take(packed_bytes(n_groups, table)), table, n_groups) + np.uint8(lowest)
-        stored = kept(shape.numel() // rows, group_size, rows) if rows else None
-        codes = _codes(take, bits, group_size, stored)
-        dtype = getattr(torch, layout["dtype"])
-        lo, span = (torch.from_numpy(take(scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
+        table = (at.highest - at.lowest).bit_length()
+        bits = unpack(take(packed_bytes(at.groups, table)), table, at.groups) + np.uint8(at.lowest)
+        if (bits.min(), bits.max()) != (at.lowest, at.highest):
+            raise ArtifactError("an entry has other widths than its header says; the file is damaged")
+        stored = kept(at.columns, at.group_size, at.rows) if at.rows else None
+        codes = _codes(take, bits, at.group_size, stored)
+        dtype = getattr(torch, at.dtype)
+        lo, span = (torch.from_numpy(take(at.scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
         if rest.size:
             raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
-        codes_tensor = torch.from_numpy(codes if highest <= 8 else codes.view(np.int16))
-        bits_tensor = torch.from_numpy(bits[:1].copy() if lowest == highest else bits)
-        return cls(codes_tensor, bits_tensor, lo, span, shape, rows)
+        if not torch.isfinite(lo).all() or not torch.isfinite(span).all():
+            raise ArtifactError("an entry has scales that are not finite; the file is damaged")
+        codes_tensor = torch.from_numpy(codes if at.highest <= 8 else codes.view(np.int16))
+        bits_tensor = torch.from_numpy(bits[:1].copy() if at.lowest == at.highest else bits)
+        return cls(codes_tensor, bits_tensor, lo, span, torch.Size(at.shape), at.rows)
 
 
 def _codes(

@@ -1,0 +1,84 @@
+"""What a file's header says of a packed tensor, believed only after it has been checked: a file may come from anyone.
+Starts without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitfront.errors import ArtifactError
+
+MAX_BITS = 15  # codes fit int16
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of one entry.
+
+    Attributes:
+        shape: of the tensor.
+        group_size: codes of a group, its padding included.
+        lowest, highest: widths of groups, in bits.
+        scales: how many pairs of numbers stand behind the codes.
+        dtype: of these.
+        rows: as in ``Packed``.
+    """
+
+    shape: tuple[int, ...]
+    group_size: int
+    lowest: int
+    highest: int
+    scales: int
+    dtype: str
+    rows: int
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any], nbytes: int) -> Layout:
+        """Check that a tensor can look so.
+
+        Args:
+            told: as ``Packed.layout`` writes it.
+            nbytes: length of the entry, which bounds the memory that its tensor may take.
+
+        Raises:
+            ArtifactError: it cannot.
+        """
+        try:
+            (lowest, highest), rows = told["bits"], told.get("rows", 0)
+            layout = cls(tuple(told["shape"]), told["group_size"], lowest, highest, told["scales"], told["dtype"], rows)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"a layout of the header is incomplete ({error!r}); the file is damaged") from None
+        whole = (*layout.shape, layout.group_size, lowest, highest, layout.scales, rows)
+        if not all(type(n) is int for n in whole) or not layout._holds(nbytes):
+            raise ArtifactError(f"no tensor has the layout {dict(told)} in {nbytes:,} bytes; the file is damaged")
+        return layout
+
+    @property
+    def size(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Values that are cut into groups together."""
+        return self.size // max(self.rows, 1)
+
+    @property
+    def groups(self) -> int:
+        """Of the tensor."""
+        return max(self.rows, 1) * -(-self.columns // self.group_size)
+
+    def _holds(self, nbytes: int) -> bool:
+        ranges = (
+            all(n > 0 for n in (*self.shape, self.group_size, self.scales))
+            and 1 <= self.lowest <= self.highest <= MAX_BITS
+            and self.dtype in DTYPES
+            and self.rows >= 0
+        )
+        if not ranges or (self.rows and (self.size % self.rows or self.group_size > self.columns)):
+            return False
+        stored = self.size if self.rows else self.groups * self.group_size  # codes
+        return self.groups % self.scales == 0 and stored * self.lowest <= 8 * nbytes
