@@ -22,7 +22,7 @@ from bitfront.quant.captured import Captured
 from bitfront.quant.decoupleq import DecoupleQ
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Accumulator, Moments, Watch, within
+from bitfront.quant.inputs import Accumulator, Moments, Watch, steps
 from bitfront.quant.model import eligible
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.rtn import RTN
@@ -129,12 +129,55 @@ def test_padding_is_left_out(layer: nn.Module) -> None:
     found = seen_by(layer, "weight", (full,), valid=valid)
     torch.testing.assert_close(found.H, wanted.H, rtol=1e-5, atol=1e-5)
     assert found.count == wanted.count
-    if isinstance(layer, nn.Linear):  # time first, as in some encoders
-        torch.testing.assert_close(
-            seen_by(layer, "weight", (full.transpose(0, 1),), valid=valid).H, wanted.H, rtol=1e-5, atol=1e-5
-        )
-        with pytest.raises(BitfrontError, match="cannot tell padding"):
-            seen_by(layer, "weight", (torch.randn(5, 4, 6),), valid=valid)
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    masked = seen_by(layer, "weight", (full,), valid=mask)
+    torch.testing.assert_close(masked.H, found.H)
+    if isinstance(layer, nn.Linear):
+        for x, known in (  # time first, as in some encoders; all tokens in one axis; of each of some heads
+            (full.transpose(0, 1), valid),
+            (full.transpose(0, 1), mask),
+            (full.flatten(0, 1), mask),
+            (full[:, None].expand(3, 2, 7, 6), mask),
+        ):
+            torch.testing.assert_close(seen_by(layer, "weight", (x,), valid=known).H, wanted.H, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [torch.arange(7) < torch.tensor([4, 7, 2])[:, None], torch.tensor([0.5, 1.0, 0.2])])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 5), (5, 4, 6)),  # of neither the samples nor the steps
+        (nn.Linear(6, 5), (13, 6)),  # tokens that an expert gets
+        (nn.Linear(6, 5), (6,)),
+        (nn.Conv1d(6, 8, 3), (2, 6, 7)),
+    ],
+    ids=str,
+)
+def test_where_padding_cannot_be_told_all_counts_and_that_is_said(
+    layer: nn.Module, shape: tuple[int, ...], mask: Tensor
+) -> None:
+    x, sums = torch.randn(shape), Accumulator("weight")
+    sums.valid = mask
+    with torch.no_grad(), Watch({"weight": layer.weight}, sums.add):
+        layer(x)
+    wanted = seen_by(layer, "weight", (x,))
+    assert sums.padded and torch.equal(sums.moments().H, wanted.H) and sums.moments().count == wanted.count
+
+
+def test_a_mask_of_other_steps_says_nothing_of_images() -> None:
+    """As in CLIP, whose texts are padded and whose images have a patch embedding."""
+    mask = torch.arange(7) < torch.tensor([4, 7, 2])[:, None]
+    for layer, x in ((nn.Conv2d(3, 4, 2, 2), torch.randn(3, 3, 8, 8)), (nn.Linear(6, 5), torch.randn(3, 16, 6))):
+        assert torch.equal(seen_by(layer, "weight", (x,), valid=mask).H, seen_by(layer, "weight", (x,)).H)
+
+
+def test_a_mask_is_for_a_convolution_with_a_stride_too() -> None:
+    """A step counts if one of those that it is made of does."""
+    layer, x = nn.Conv1d(2, 3, 2, stride=2), torch.randn(2, 2, 8)
+    mask = torch.arange(8) < torch.tensor([3, 8])[:, None]
+    found = seen_by(layer, "weight", (x,), valid=mask)
+    kept = torch.cat([x[0, :, :4], x[1]], 1).unfold(1, 2, 2).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(found.H[0], kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
 
 
 def test_a_tied_weight_counts_as_much_for_its_look_up_as_for_its_output() -> None:
@@ -559,8 +602,9 @@ def test_a_padded_encoder_is_calibrated_without_its_fast_path() -> None:
 def test_rounding_of_a_share_lets_no_padding_in() -> None:
     for time in (*range(1, 300), 4999):
         lengths = torch.arange(1, time + 1)
-        assert torch.equal(within(lengths / time, time, torch.device("cpu")).sum(1), lengths)
-        halves = within(lengths / time, -(-time // 2), torch.device("cpu")).sum(1)
+        cpu = torch.device("cpu")
+        assert torch.equal(steps(lengths / time, time, time, cpu).sum(1), lengths)
+        halves = steps(lengths / time, time, -(-time // 2), cpu).sum(1)
         assert time % 2 or torch.equal(halves, -(-lengths // 2))  # a step of which half is padding counts
 
 

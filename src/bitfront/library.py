@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
@@ -34,7 +34,7 @@ def quantize(
     states: Path | str | None = None,
     seed: int = 0,
 ) -> QuantizedModel:
-    """Quantize a trained network after training. It stays as it is; the result is a copy.
+    """Quantize a trained network after training. It stays as it is; the result is a copy, which has its hooks.
 
     Args:
         network: any module, on the device to work on; wrappers (``DataParallel``, ``torch.compile``) are taken off,
@@ -44,8 +44,8 @@ def quantize(
             ``method.samples`` samples count; or one tensor of samples, cut into batches of ``method.batch_size``. Round
             to nearest needs none.
         forward: does a forward of a network on a batch; None calls it as ``call`` does.
-        valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None for all of it;
-            by default from an ``attention_mask`` of ones, then zeros, if the batch has one.
+        valid: of a batch, what is not padding: the share of each sample, ``[samples]`` in 0..1, or a mask of steps,
+            ``[samples, time]``, for inputs of as many steps; or None for all of it. By default ``not_padded``.
         blocks: names of the modules to work on one after the other; None finds them, [] takes the network as one.
         states: folder where finished blocks are kept, so that the same call goes on after an interruption.
         seed: of the order of the data where blocks are tuned.
@@ -58,16 +58,13 @@ def quantize(
     """
     if not isinstance(method, PostTraining):
         raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
+    for option in ("sft", "reestimate_bn"):
+        if getattr(method, option):
+            raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
     network = resolve(duplicate(unwrapped(network)))
-    batches = [] if data is None else drawn(data, method.samples, method.batch_size)
-    calibration = Calibration(
-        batches,
-        forward or call,
-        blocks,
-        valid or not_padded,
-        None if states is None else Path(states),
-        seed,
-    )
+    batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
+    folder = None if states is None else Path(states)
+    calibration = Calibration(batches, forward or call, blocks, valid or not_padded, folder, seed)
     return method.attach(network, calibration if batches else None).eval()
 
 
@@ -76,7 +73,8 @@ def prepare(network: nn.Module, method: Method) -> QuantizedModel:
     step ``optimizer(...)``.
 
     Args:
-        network: any module; trained in place. Weights that it computes from others (weight norm) are resolved.
+        network: any module; trained in place. Wrappers (``DataParallel``, ``torch.compile``) are taken off: wrap the
+            result. Weights that it computes from others (weight norm) are resolved.
         method: ``DiffQ``, ``LSQ``, ``STE``, ``Float`` or one of your own.
 
     Raises:
@@ -86,7 +84,7 @@ def prepare(network: nn.Module, method: Method) -> QuantizedModel:
         raise BitfrontError(
             f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
         )
-    return method.attach(resolve(network))
+    return method.attach(resolve(unwrapped(network)))
 
 
 def load(path: Path | str, into: N) -> N:
@@ -133,14 +131,12 @@ def call(network: nn.Module, batch: Any) -> Any:
 
 
 def not_padded(batch: Any) -> Tensor | None:
-    """The share of each sample that its ``attention_mask`` ``[samples, time]`` leaves, if that is ones, then zeros."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    """A batch's ``attention_mask``, ``[samples, time]``, if it has one with zeros; None also if a decoder with steps of
+    its own gets ``decoder_input_ids``."""
+    if not isinstance(batch, Mapping) or "decoder_input_ids" in batch:
         return None
-    on = mask.bool()
-    if on.all() or (on[:, 1:] & ~on[:, :-1]).any():
-        return None
-    return on.double().mean(1)
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
 
 
 def drawn(data: Iterable[Any] | Tensor, samples: int, batch_size: int) -> list[Any]:
@@ -179,20 +175,14 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def _samples(batch: Any) -> int:
-    tensors = _tensors(batch)
-    return max((len(t) for t in tensors if t.dim()), default=1)
+    """How many samples a batch has: what an object says, as a graph's; the length of its first tensor; or 1."""
+    for name in ("num_graphs", "batch_size"):
+        if type(told := getattr(batch, name, None)) is int:
+            return told
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((len(part) for part in leaves if isinstance(part, Tensor) and part.dim()), 1)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    parts: Sequence[Any] = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    return (part for part in parts if isinstance(part, Tensor))
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if type(x) in (tuple, list):
-        return type(x)(_moved(part, device) for part in x)
-    if type(x) is dict:
-        return {key: _moved(part, device) for key, part in x.items()}
-    return x
+def _moved(batch: Any, device: torch.device) -> Any:
+    """What a batch is made of, on a device: tensors, and objects that can be moved likewise."""
+    return tree_map(lambda part: part.to(device) if callable(getattr(part, "to", None)) else part, batch)

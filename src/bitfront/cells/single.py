@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class _Labelled:
             raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
         model = quantize(
             network,
-            self.method,
+            replace(self.method, reestimate_bn=False),  # below, on the task's training data
             self.task.calibration(self.method.samples, self.method.batch_size) if self.method.needs_data else None,
             forward=lambda net, batch: self.task.loss(net, to_device(batch, self.device)),
             valid=self.task.valid,
@@ -112,42 +112,47 @@ class _Unlabelled:
     def __init__(self, source: Source, config: Config, chosen: Chosen, method: PostTraining) -> None:
         self.method = method
         every = iter(_inputs(source, config, chosen, method.batch_size))
-        self.batches = drawn(every, method.samples, method.batch_size)
-        self.held = drawn(every, max(1, round(HELD * method.samples)), method.batch_size)
-        if not self.batches:
+        self.batches = drawn(every, method.samples, method.batch_size) if method.needs_data else []
+        held = drawn(every, max(1, round(HELD * method.samples)), method.batch_size)
+        self.unseen, self.measuring = bool(held), held or self.batches
+        if not self.measuring:
             raise BitfrontError(f"data={source.name} gives no batch")
-        self.exact: list[list[Tensor]] = []
+        self.exact: nn.Module | None = None
 
     @torch.no_grad()
     def measured(self, network: nn.Module) -> str:
-        outputs = [_counting(call(network, copied(b)), not_padded(b)) for b in self.held or self.batches]
-        if not self.exact:
-            self.exact = outputs
-            return f"{len(self.batches)} batches to calibrate on, {len(self.held)} others to compare outputs on"
-        pairs = [(a, b) for x, y in zip(outputs, self.exact, strict=True) for a, b in zip(x, y, strict=True)]
-        power = sum(b.square().sum().item() for _, b in pairs)
-        error = sum((a - b).square().sum().item() for a, b in pairs) / (power or 1.0)
-        on = "batches that it was not calibrated on" if self.held else "the batches that it was calibrated on"
-        return f"the outputs' power of error is {100 * error:.3g} % of their power, on {on}"
+        if self.exact is None:
+            self.exact = network
+            call(network, copied(self.measuring[0]))  # refused before the work, if it does not fit
+            others = len(self.measuring) if self.unseen else 0
+            return f"{len(self.batches)} batches to calibrate on, {others} others to compare outputs on"
+        power = error = 0.0
+        for batch in self.measuring:
+            pairs = zip(_counting(network, batch), _counting(self.exact, batch), strict=True)
+            for ours, exact in pairs:
+                power += exact.square().sum().item()
+                error += (ours - exact).square().sum().item()
+        on = "batches that it was not calibrated on" if self.unseen else "the batches that it was calibrated on"
+        return f"the outputs' power of error is {100 * error / (power or 1.0):.3g} % of their power, on {on}"
 
     def quantized(self, network: nn.Module) -> QuantizedModel:
         return quantize(network, self.method, self.batches)
 
 
-def _counting(output: Any, valid: Tensor | None) -> list[Tensor]:
-    """The numbers of an output that are none of padding."""
-    padded = [t.dim() > 2 and valid is not None and t.shape[0] == len(valid) for t in floats(output)]
-    return [
-        (t[inside(t, valid)] if valid is not None and cut else t).double()
-        for t, cut in zip(floats(output), padded, strict=True)
-    ]
+def _counting(network: nn.Module, batch: Any) -> list[Tensor]:
+    """The numbers of the outputs that are finite, and none of padding."""
+    valid, found = not_padded(batch), floats(call(network, copied(batch)))
+    kept = [None if valid is None else inside(t, valid) for t in found]
+    counting = [(t if mask is None else t[mask]).double() for t, mask in zip(found, kept, strict=True)]
+    return [t.masked_fill(t.isinf(), 0.0) for t in counting]
 
 
 def _inputs(source: Source, config: Config, chosen: Chosen, batch_size: int) -> Iterable[Any]:
     """Batches, as ``library.call`` passes them to the network."""
     folder = Path(chosen.model.removeprefix(FOLDER)) if chosen.model.startswith(FOLDER) else None
     if not source.files:
-        return unlabelled.batches(source.name)
+        given = unlabelled.batches(source.name)
+        return given.split(batch_size) if isinstance(given, Tensor) else given
     if source.kind == "audio":
         return unlabelled.sounds(source.files, RATE, SECONDS, folder)
     if source.kind == "text":

@@ -142,6 +142,8 @@ def _out(chosen: Options, method: str) -> Path:
     out = Path(chosen.out or f"{name}-{method}.safetensors")
     if not out.absolute().parent.is_dir():
         raise BitfrontError(f"out={out}: there is no folder '{out.absolute().parent}'")
+    if out.is_dir():
+        raise BitfrontError(f"out={out} is a folder; give the name of a file, as out={out / 'my.safetensors'}")
     if out.exists():
         with open(out, "rb") as file:
             if b'"bitfront"' not in file.read(HEADER):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 class Recipe(Protocol):
     """Of the tuning: attributes of ``PostTraining``."""
@@ -34,10 +37,11 @@ class Recipe(Protocol):
 
 
 def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the normalization layers."""
+    """Names and parameters of the normalization layers: those of torch, and scales and shifts of others that are called
+    so."""
     for name, child in module.named_modules():
-        if "Norm" in type(child).__name__:
-            for own, p in child.named_parameters(recurse=False):
+        for own, p in child.named_parameters(recurse=False):
+            if isinstance(child, NORMS) or ("Norm" in type(child).__name__ and p.dim() < 2):
                 yield f"{name}.{own}" if name else own, p
 
 
@@ -82,10 +86,7 @@ class Tuning:
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
         optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
-
-        def held_out() -> float:
-            return self._measured([inputs[n] for n in test], [targets[n] for n in test], scales)
-
+        held_out = partial(self._measured, [inputs[n] for n in test], [targets[n] for n in test], scales)
         losses, best = [held_out()], 0
         kept = self.packed, self._norms()
         for epoch in range(1, method.J + 1):
@@ -120,7 +121,7 @@ class Tuning:
     def _scales(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]]) -> list[float]:
         """By which the error of each output counts: one over its mean power."""
         powers = [
-            [self._mean(t.float().square(), captured.valid).item() for t in target]
+            [self._mean(_finite(t, t.float()).square(), captured.valid).item() for t in target]
             for captured, target in zip(inputs, targets, strict=True)
         ]
         return [len(powers) / (sum(power) or len(powers)) for power in zip(*powers, strict=True)]
@@ -139,16 +140,18 @@ class Tuning:
             output = functional_call(self.block, weights, args, kwargs)
         total = torch.zeros((), device=self.device)
         for got, wanted, scale in zip(floats(output), target, scales, strict=True):
-            difference = (got.float() - wanted.to(self.device).float()).square()
+            wanted = wanted.to(self.device).float()
+            difference = _finite(wanted, got.float() - wanted).square()
             total = total + scale * self._mean(difference, captured.valid)
         return total
 
     def _mean(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Without padding."""
-        if valid is None or x.dim() < 3:
+        """Without padding, where that can be told."""
+        if valid is None or x.dim() < 2:
             return x.mean()
-        x = x.movedim(-1, 1) if self.time_last else x
-        return x[inside(x, valid)].mean()
+        x = x.movedim(-1, 1) if self.time_last and x.dim() > 2 else x
+        kept = inside(x, valid)
+        return x.mean() if kept is None else x[kept].mean()
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""
@@ -162,6 +165,11 @@ class Tuning:
 
     def _norms(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.norms.items()}
+
+
+def _finite(wanted: Tensor, x: Tensor) -> Tensor:
+    """0 where infinity is wanted, as in a mask that a block hands on."""
+    return x.masked_fill(wanted.isinf(), 0.0)
 
 
 def floats(tree: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
 from bitfront.quant.states import States
+from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
 
 
@@ -146,30 +147,10 @@ def calibrate(
     with undisturbed(network), no_fast_path():
         network.eval()
         for state in _walk(network, method, weights, data):
-            found |= {name: Packed(**fields) for name, fields in state["packed"].items()}
+            found |= {name: Packed(**fields).to(weights[name].device) for name, fields in state["packed"].items()}
             log["layers"] += state["layers"]
             log["blocks"].append(state["block"])
     return {name: found[name] for name in weights}, log
-
-
-@contextmanager
-def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Afterwards each module is in the mode, and each buffer holds what it did before, whatever forwards did to it."""
-    modes = {module: module.training for module in network.modules()}
-    buffers = [
-        (module._buffers, name, b, b.clone())
-        for module in modes
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for place, name, buffer, content in buffers:
-            buffer.data = content
-            place[name] = buffer
 
 
 def _walk(
@@ -221,17 +202,19 @@ def quantize_block(
     began = time.perf_counter()
     work = _Block(network, method, unit, weights, data)
     inputs = capture(network, unit, data) if unit.stages or work.tuned else []
-    targets: list[list[Tensor]] = []
+    targets: dict[tuple[int, int], list[Tensor]] = {}
     if work.tuned:
-        undisturbed = inputs if reference is network else capture(reference, unit, data)
-        targets = [[t.cpu() for t in floats(work.forward(captured, reference))] for captured in undisturbed]
+        exact = inputs if reference is network else capture(reference, unit, data)
+        with undisturbed(reference):
+            targets = {c.of: [t.cpu() for t in floats(work.forward(c, reference))] for c in exact}
     for stage in unit.stages:
         work.solve_stage(stage, inputs)
     for name in unit.blind:
         work.solve(name, None)
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
     if work.tuned:
-        entry |= work.tune(inputs, targets, data.seed + n)
+        common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
+        entry |= work.tune(common, [targets[c.of] for c in common], data.seed + n) if common else {}
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},
@@ -276,30 +259,37 @@ class _Block:
                 self.solve(name, None)
             return
         sums = Accumulator(stage[0])
-        for captured in inputs:
-            sums.valid = captured.valid
-            with Watch({stage[0]: self.weights[stage[0]]}, sums.add):
-                self.forward(captured)
+        with undisturbed(self.network):
+            for captured in inputs:
+                sums.valid = captured.valid
+                with Watch({stage[0]: self.weights[stage[0]]}, sums.add):
+                    self.forward(captured)
         moments = sums.moments()
+        about = {"padding": "counted"} if sums.padded else {}
         for name in stage:
-            self.solve(name, moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments)
+            own = moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments
+            self.solve(name, own, **about)
 
-    def solve(self, name: str, moments: Moments | None) -> None:
+    def solve(self, name: str, moments: Moments | None, **about: Any) -> None:
         """Quantize one layer."""
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments)
         unseen = {"unseen": self.unit.unseen[name]} if name in self.unit.unseen and self.method.sees_inputs else {}
-        self.layers.append(entry | {"block": self.unit.block} | unseen)
+        self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
-    def tune(self, inputs: list[Captured], targets: list[Any], seed: int) -> dict[str, Any]:
+    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], seed: int) -> dict[str, Any]:
         """The block-wise stage; return its entry in the record."""
         names = {id(p): name for name, p in self.block.named_parameters()}
-        local = {name: names[id(self.weights[name])] for name in self.packed}  # a tied weight has another name here
-        symmetric = {local[name] for name in self.packed if self.method.of(name).keeps_zero}
-        packed = {local[name]: p for name, p in self.packed.items()}
-        tuning = Tuning(self.block, packed, symmetric, self.unit.time_last)
-        with torch.enable_grad():
+        # A tied weight has another name here; one that the block is called with is not tuned.
+        local = {name: names[id(self.weights[name])] for name in self.packed if id(self.weights[name]) in names}
+        symmetric = {own for name, own in local.items() if self.method.of(name).keeps_zero}
+        tuning = Tuning(
+            self.block, {own: self.packed[name] for name, own in local.items()}, symmetric, self.unit.time_last
+        )
+        if not tuning.frozen and not tuning.norms:
+            return {}
+        with torch.enable_grad(), undisturbed(self.block):
             entry = tuning.run(inputs, targets, self.method, seed)
-        self.packed = {name: tuning.packed[local[name]] for name in self.packed}
+        self.packed |= {name: tuning.packed[own] for name, own in local.items()}
         self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
         return entry
 
@@ -312,20 +302,22 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
     """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
     shared = {id(x): x for parts in (network.modules(), network.parameters()) for x in parts}
     if not unit.block:
-        return [Captured((batch,), {}, data.valid(batch), shared) for batch in data.batches]
+        return [Captured((batch,), {}, data.valid(batch), (n, 0), shared) for n, batch in enumerate(data.batches)]
     captured: list[Captured] = []
 
     def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
         args, kwargs = copied((args, kwargs), "cpu", shared)
-        captured.append(Captured(args, kwargs, data.valid(batch), shared))
+        call = captured[-1].of[1] + 1 if captured and captured[-1].of[0] == n else 0
+        captured.append(Captured(args, kwargs, data.valid(data.batches[n]), (n, call), shared))
         if unit.calls == 1:
             raise _Reached
 
     hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
     try:
-        for batch in data.batches:
-            with suppress(_Reached):
-                data.forward(network, batch)
+        with undisturbed(network):
+            for n in range(len(data.batches)):
+                with suppress(_Reached):
+                    data.forward(network, data.batches[n])
     finally:
         hook.remove()
     return captured

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bitfront.errors import BitfrontError
 
@@ -20,18 +21,39 @@ class Captured:
 
     Attributes:
         args, kwargs: its arguments.
-        valid: share of each sample that is not padding, ``[samples]``, or None.
+        valid: what of the batch is not padding, as ``inputs.columns`` takes it.
+        of: the number of the batch, and that of the call among those of its forward.
         shared: by ``id``, what passes hand on as it is: the network's modules and parameters.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     valid: Tensor | None
+    of: tuple[int, int] = (0, 0)
     shared: dict[int, Any] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for one pass."""
         return copied((self.args, self.kwargs), device, self.shared)
+
+
+class Detached(TorchFunctionMode):
+    """``copy.deepcopy`` within it copies tensors that are results of others, too, wherever they are kept.
+
+    Args:
+        device: of the copies; None leaves each where it is.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        x, memo = args
+        memo[id(x)] = memo[id(x)] if id(x) in memo else x.detach().to(self.device or x.device, copy=True)
+        return memo[id(x)]
 
 
 def copied(tree: Any, device: torch.device | str | None = None, shared: dict[int, Any] | None = None) -> Any:
@@ -63,11 +85,13 @@ def _copied(x: Any, device: torch.device | str | None, memo: dict[int, Any]) -> 
         new = {key: _copied(part, device, memo) for key, part in x.items()}
     else:
         try:
-            new = copy.deepcopy(x, memo)
+            with Detached(device):
+                new = copy.deepcopy(x, memo)
         except Exception as error:  # whatever a stranger's __deepcopy__, or pickling, raises
             raise BitfrontError(
-                f"a block is called with an object of {type(x).__name__} that cannot be copied ({error}); give "
-                "Calibration blocks=[] to work on the network as a whole, or a forward that does without"
+                f"an object of {type(x).__name__} among the inputs cannot be copied ({error}), as is needed for each "
+                "pass to see the same; if a block is called with it, blocks=[] works on the network as a whole, else "
+                "give batches, or a forward, without it"
             ) from None
     memo[id(x)] = new
     return new

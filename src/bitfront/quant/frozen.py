@@ -24,7 +24,7 @@ class Frozen(Quantizer):
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
         self.shape, self.rows = packed.shape, packed.rows
-        self.settings = {"bits": int(packed.bits.max())}
+        self.settings, self.fixed = {"bits": int(packed.bits.max())}, not trainable
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
         self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))

@@ -110,14 +110,15 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and any(id(w) in self.names for w in _tensors((args, kwargs))):
             return self._attention(args, kwargs)
         known = None
         if func in SIGNATURES:
             bound = SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
-            x, known, _, *geometry = bound.arguments.values()
-            shape = (tuple(known.shape[2:]), *geometry) if geometry else None
+            x, weight, _, *geometry = bound.arguments.values()
+            known = weight if weight.dim() > 1 else None  # a product with a vector has no rows
+            shape = (tuple(weight.shape[2:]), *geometry) if geometry else None
             self._seen(known, (x,), shape)
         others = [w for w in _tensors((args, kwargs)) if id(w) in self.names and w is not known]
         result = func(*args, **kwargs)
@@ -194,83 +195,112 @@ def no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int]]]:
-    """The inputs as the columns that a weight's rows are multiplied with, in parts ``[batch, columns, n]``, and how
-    many of the n count in each entry of the batch; what does not count is zero.
+def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int], bool]]:
+    """The inputs as the columns that a weight's rows are multiplied with, in parts: ``[batch, columns, n]``, how many
+    of the n count in each entry of the batch, and whether padding was left out, if there is some. What does not count
+    is zero.
 
     Args:
         use: of a weight.
-        valid: share of each sample that is not padding, ``[samples]``: what lies behind is left out. Time is the axis
-            between samples and features of a matrix product, and the last axis of a convolution's input.
+        valid: what is not padding: the share of each sample, ``[samples]``, behind which all is; or a mask of steps,
+            ``[samples, time]``, which says it of inputs of as many steps alone. Time is the axis between samples and
+            features of a matrix product, and the last axis of a convolution's input.
     """
-    if use.geometry is None:
-        rows = [x.detach().float() for x in use.inputs]
-        if valid is not None:
-            rows = [x[inside(x, valid, use.batch_axis)] for x in rows]
-        rows = [x.reshape(-1, x.shape[-1]) for x in rows]
-        yield nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), [len(x) for x in rows]
+    if use.geometry is not None:
+        yield from _unfolded(use.inputs[0].detach().float(), use.geometry, valid)
         return
-    (x,) = (x.detach().float() for x in use.inputs)
-    kernel, stride, padding, dilation, groups = use.geometry
+    rows, known = [x.detach().float() for x in use.inputs], True
+    if valid is not None:
+        kept = [inside(x, valid, use.batch_axis) for x in rows]
+        known = all(mask is not None for mask in kept)
+        rows = [x if mask is None else x[mask] for x, mask in zip(rows, kept, strict=True)]
+    rows = [x.reshape(-1, x.shape[-1]) for x in rows]
+    yield nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), [len(x) for x in rows], known
+
+
+def _unfolded(x: Tensor, geometry: Any, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int], bool]]:
+    """Of a convolution's input."""
+    kernel, stride, padding, dilation, groups = geometry
     n = len(kernel)
     x = x[None] if x.dim() == n + 1 else x  # a sample without a batch
-    stride, dilation = (v if isinstance(v, tuple) else (v,) * n for v in (stride, dilation))
+    stride, dilation = (_each(v, n) for v in (stride, dilation))
+    time = x.shape[-1]
     if padding == "same":
         sides = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         x = F.pad(x, [side for total in reversed(sides) for side in (total // 2, total - total // 2)])
-    padding = (0,) * n if isinstance(padding, str) else padding if isinstance(padding, tuple) else (padding,) * n
+    padding = (0,) * n if isinstance(padding, str) else _each(padding, n)
     if n == 1:
         x, kernel = x[:, :, None], (1, *kernel)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    per_sample = x[0].numel() * math.prod(kernel)
-    for part, shares in _split(x, valid, max(1, CHUNK // per_sample)):
+    width = (x.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    kept = None if valid is None or len(valid) != len(x) else steps(valid, time, width, x.device)
+    size = max(1, CHUNK // (x[0].numel() * math.prod(kernel)))
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
         images = part.flatten(0, 1).unflatten(0, (-1, x.shape[1] // groups))
         unfolded = F.unfold(images, kernel, dilation, padding, stride)
         unfolded = unfolded.unflatten(0, (len(part), groups)).transpose(0, 1)  # [groups, samples, columns, positions]
-        if shares is None:
+        if kept is None:
             found = unfolded.transpose(1, 2).flatten(2)
         else:
-            width = (part.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-            kept = within(shares, width, x.device).repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
-            found = unfolded.transpose(2, 3)[:, kept].transpose(1, 2)
-        yield found, [found.shape[2]] * groups
+            here = kept[start : start + size].repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
+            found = unfolded.transpose(2, 3)[:, here].transpose(1, 2)
+        yield found, [found.shape[2]] * groups, valid is None or kept is not None
 
 
-def _split(x: Tensor, valid: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(x), size):
-        yield x[start : start + size], None if valid is None else valid[start : start + size]
+def _each(value: Any, n: int) -> tuple[int, ...]:
+    """An option of a convolution, of each of its n axes."""
+    return tuple(value) * (n // len(value)) if isinstance(value, (tuple, list)) else (value,) * n
 
 
-def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor:
-    """Which positions of ``x`` ``[samples, time, ..., features]`` (or time first) are no padding, ``[..., time, ...]``;
-    all, where there is no time: ``[samples, features]``.
-
-    Raises:
-        BitfrontError: no axis has the length of the samples.
-    """
-    samples = len(valid)
-    if x.dim() == 2 and len(x) == samples:
-        return torch.ones(samples, dtype=torch.bool, device=x.device)
-    if batch_axis is None:
-        batch_axis = next((axis for axis in (0, 1) if x.dim() > axis + 1 and x.shape[axis] == samples), None)
-    if batch_axis is None or x.dim() < 3:
-        raise BitfrontError(f"cannot tell padding in a layer input of shape {list(x.shape)} from {samples} samples")
-    time = x.shape[1 - batch_axis]
-    kept = within(valid, time, x.device)
-    kept = kept if batch_axis == 0 else kept.T
-    return kept.reshape(*kept.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1])
-
-
-def within(valid: Tensor, time: int, device: torch.device) -> Tensor:
-    """Which of so many steps are no padding, ``[samples, time]``.
+def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor | None:
+    """Which positions of ``x`` ``[..., features]`` are no padding, of its shape without the last axis; None where that
+    cannot be told.
 
     Args:
-        valid: the share that is none; a step that is only partly padding counts.
-        time: number of steps.
-        device: of the result.
+        x: ``[samples, time, ..., features]`` or time first; ``[samples, features]``, all of which count; where
+            ``valid`` is a mask, also ``[samples * time, features]``, and time may be any axis.
+        valid: as in ``columns``.
+        batch_axis: where the samples are, if that is known.
     """
-    steps = (valid.double() * time - ROUNDING).ceil().to(device)
-    return torch.arange(time, device=device) < steps[:, None]
+    samples, shape = len(valid), x.shape[:-1]
+    if shape == (samples,):
+        return torch.ones(samples, dtype=torch.bool, device=x.device)
+    if len(shape) == 1 and valid.dim() == 2 and len(x) == valid.numel():
+        return valid.bool().to(x.device).flatten()
+    axes = (0, 1) if batch_axis is None else (batch_axis,)
+    batch_axis = next((axis for axis in axes if len(shape) > 1 and shape[axis] == samples), None)
+    if batch_axis is None:
+        return None
+    others = [axis for axis in range(len(shape)) if axis != batch_axis]
+    for axis in others if valid.dim() == 2 else others[:1]:
+        kept = steps(valid, shape[axis], shape[axis], x.device)
+        if kept is not None:
+            kept = kept if batch_axis < axis else kept.T
+            sizes = [n if i in (batch_axis, axis) else 1 for i, n in enumerate(shape)]
+            return kept.reshape(sizes).expand(shape)
+    return None
+
+
+def steps(valid: Tensor, time: int, width: int, device: torch.device) -> Tensor | None:
+    """Which steps are no padding, ``[samples, width]``; one that is only partly padding counts.
+
+    Args:
+        valid: as in ``columns``.
+        time: steps of a layer's input.
+        width: steps that it makes of them.
+        device: of the result.
+
+    Returns:
+        None for a mask of other steps.
+    """
+    if valid.dim() == 1:
+        ends = (valid.double() * width - ROUNDING).ceil().to(device)
+        return torch.arange(width, device=device) < ends[:, None]
+    if valid.shape[1] != time:
+        return None
+    kept = valid.to(device, torch.float32)
+    return (kept if width == time else F.adaptive_max_pool1d(kept[None], width)[0]) > 0
 
 
 class Accumulator:
@@ -280,21 +310,23 @@ class Accumulator:
         name: of the layer, for messages.
 
     Attributes:
-        valid: share of each sample that is not padding, for the uses to come.
+        valid: what is not padding, for the uses to come.
         lookup: whether one of the uses was an embedding's.
+        padded: whether padding may have been counted, as an input is not of the steps that are known.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.total, self.counts = name, torch.zeros(()), torch.zeros((), dtype=torch.long)
         self.valid: Tensor | None = None
-        self.lookup = False
+        self.lookup = self.padded = False
 
     def add(self, _: str, use: Use) -> None:
         """One use of the weight."""
         self.lookup |= use.lookup
         if use.unseen:
             return
-        for x, counts in columns(use, self.valid):
+        for x, counts, known in columns(use, self.valid):
+            self.padded |= not known
             product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them

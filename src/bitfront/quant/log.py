@@ -22,3 +22,8 @@ def partly(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The tensors that were calibrated on some of their uses alone, and the functions of the others."""
     uses = {entry["name"]: entry.get("unseen", [EXACT]) for entry in layers if entry["inputs"]}
     return {name: ", ".join(others) for name, others in uses.items() if others != [EXACT]}
+
+
+def padded(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The tensors in whose calibration padding may have counted."""
+    return {entry["name"]: "" for entry in layers if "padding" in entry}

@@ -5,7 +5,7 @@ per weight tensor turns the float weight into what the network sees.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
+from bitfront.quant.inputs import Use, Watch
 from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import parametrized
@@ -29,11 +30,13 @@ class Quantizer(nn.Module):
 
     Attributes:
         settings: what the meaning of its state depends on, plain JSON; a state dict of other settings is refused.
+        fixed: whether the result is there already, and the float weight has no say.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {}
+        self.fixed = False
 
     def surrogate(self, w: Tensor) -> Tensor:
         """The weight that the network sees in training, float32 of ``w``'s shape, differentiable."""
@@ -66,6 +69,21 @@ class Quantizer(nn.Module):
             ]
             raise BitfrontError(f"the state is of a quantizer of other settings: {', '.join(differing)}")
 
+    def sources(self, w: Tensor) -> Iterator[Tensor]:
+        """What the stored tensor depends on."""
+        yield w.new_empty(0) if self.fixed else w  # of a fixed one's, type and place
+        yield from self.parameters()
+        yield from self.buffers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Its numbers, as scales, go to other devices with the network, but keep their types: the file's."""
+
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(moved, recurse)
+
     def forward(self, w: Tensor) -> Tensor:
         """The weight that the network sees: ``surrogate`` in training mode, else exactly what is stored."""
         if self.training:
@@ -94,8 +112,9 @@ class QuantizedModel(nn.Module):
 
     Raises:
         BitfrontError: activation checkpointing is on, which recomputes the forward with the float weights and would
-            give wrong gradients without a word; or a weight is computed from others (weight norm), so that not the
-            weight itself would be quantized.
+            give wrong gradients without a word (where only the forward shows it, ``backward`` says so); a weight is
+            computed from others (weight norm), so that not the weight itself would be quantized, or used by a
+            TorchScript; or, in the first forward, from a list and the like, and not from its module.
     """
 
     def __init__(
@@ -111,15 +130,30 @@ class QuantizedModel(nn.Module):
         self.log: dict[str, Any] = {}  # how a post-training method fared, for the record
         self._cached: dict[str, Tensor] = {}
         self._cached_of: list[Tensor] = []
+        apart = {id(w) for w in self._apart().values()}
+        for module in network.modules():
+            if any(id(p) in apart for p in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(_refuse_recomputation)
+        self._unwatched = bool(apart)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.network, self.weights(), args, kwargs)
+        weights = self.weights()
+        if not self._unwatched or torch.compiler.is_compiling():
+            return functional_call(self.network, weights, args, kwargs)
+        with Watch(self._apart(), _refuse_use):
+            output = functional_call(self.network, weights, args, kwargs)
+        self._unwatched = False
+        return output
 
     def items(self) -> Iterator[tuple[str, Quantizer, nn.Parameter]]:
         """Name, quantizer and float weight of every quantized tensor."""
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
             assert isinstance(quantizer, Quantizer)
             yield name, quantizer, self.network.get_parameter(name)
+
+    def _apart(self) -> dict[str, nn.Parameter]:
+        """The float weights that are others than the network is to see."""
+        return {name: w for name, quantizer, w in self.items() if not quantizer.fixed}
 
     def weights(self) -> dict[str, Tensor]:
         """What the network sees, by name. In evaluation mode computed once, as long as the float weights and the
@@ -132,7 +166,7 @@ class QuantizedModel(nn.Module):
     @torch.inference_mode(False)  # else a later forward with gradients could not use what is kept
     @torch.no_grad()
     def _evaluated(self) -> dict[str, Tensor]:
-        now = [*(w for _, _, w in self.items()), *self.quantizers.parameters(), *self.quantizers.buffers()]
+        now = [source for _, quantizer, w in self.items() for source in quantizer.sources(w)]
         before = self._cached_of
         if len(before) != len(now) or not all(_same(a, b) for a, b in zip(now, before, strict=True)):
             check_finite(self.network)
@@ -233,7 +267,7 @@ class QuantizedModel(nn.Module):
             if name not in parameters:
                 return "buffers"
             if not parameters[name].is_floating_point():
-                return "whole numbers"
+                return "complex numbers" if parameters[name].is_complex() else "whole numbers"
             return "excluded" if parameters[name].numel() > limit else f"at most {limit:,} values (min_size)"
 
         return summary(artifact, self.log.get("layers", []), {name: reason(name) for name in artifact.raw})
@@ -244,11 +278,17 @@ class QuantizedModel(nn.Module):
 
 
 def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
-    """Refuse activation checkpointing, and weights that are computed from others, as ``QuantizedModel`` says."""
+    """Refuse activation checkpointing, and weights that are computed from others or by a script, as ``QuantizedModel``
+    says."""
     _refuse_checkpointing(network)
     computed = parametrized(network)
     for name in names:
         owner = name.rpartition(".")[0].partition(".parametrizations")[0]
+        if isinstance(network.get_submodule(owner), torch.jit.ScriptModule):
+            raise BitfrontError(
+                f"'{owner}' is a TorchScript, whose use of '{name}' cannot be seen or changed; give the module that it "
+                "was made of, or exclude it"
+            )
         if owner in computed:
             kind = type(network.get_submodule(owner)).__name__
             raise BitfrontError(
@@ -264,8 +304,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def check_finite(network: nn.Module) -> None:
     """Refuse weights that are not finite."""
     for name, p in network.named_parameters():
-        if p.numel() and not torch.isfinite(torch.stack(torch.aminmax(p.detach()))).all():
-            raise BitfrontError(f"'{name}' holds NaN or infinity; lower train.lr and train again")
+        values = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+        if p.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+            raise BitfrontError(f"'{name}' holds NaN or infinity; train again with a lower learning rate (train.lr)")
+
+
+def _refuse_use(name: str, use: Use) -> None:
+    raise BitfrontError(
+        f"the network uses '{name}' from a list or another reference than its module's, where it would stay float; "
+        f"let the forward take it from the module"
+    )
+
+
+def _refuse_recomputation(module: nn.Module, args: Any) -> None:
+    """A hook before a module's forward."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # within a backward
+        raise BitfrontError(
+            f"{type(module).__name__} is computed again in the backward (activation checkpointing), with unquantized "
+            "weights, which gives wrong gradients; switch it off"
+        )
 
 
 def _refuse_checkpointing(network: nn.Module) -> None:

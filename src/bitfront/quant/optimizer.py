@@ -20,7 +20,8 @@ class Joint(Optimizer):
         main: of the weights.
         own: the method's, if it has one.
         prepare: called before each step.
-        scaler: of float16 training, whose factor is taken out of the gradients of ``own``, too.
+        scaler: needed where float16 training has one: it knows ``param_groups`` alone, and would leave its factor in
+            the gradients of ``own``.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Joint(Optimizer):
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.main, self.own, self.prepare, self.scaler = main, own, prepare, scaler
-        super().__init__(main.param_groups, {})
+        super().__init__(main.param_groups, main.defaults)  # which schedules look into
         self._show()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -148,6 +148,11 @@ class Packed:
         torch.minimum(codes, largest.to(codes.dtype), out=codes)
         return cls(codes.to(code_dtype(int(largest.max()))), bits.to(torch.uint8), lo.detach(), span.detach(), w.shape)
 
+    def to(self, device: torch.device) -> Packed:
+        """On a device."""
+        codes, bits, lo, span = (x.to(device) for x in (self.codes, self.bits, self.lo, self.span))
+        return Packed(codes, bits, lo, span, self.shape, self.rows)
+
     def decode(self) -> Tensor:
         """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
         first, step, _ = self.grid(self.bits, self.lo, self.span, len(self.codes))

@@ -6,12 +6,14 @@ quantized.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
+
+from bitfront.quant.captured import Detached
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -39,8 +41,7 @@ def resolve(network: N) -> N:
     """
     for owner in parametrized(network):
         module = network.get_submodule(owner)
-        mode = module.training
-        module.eval()  # in training, spectral norm would take a step
+        mode, module.training = module.training, False  # in training, spectral norm would take a step
         for kind, name in _hooks(module):
             if issubclass(kind, WeightNorm):
                 remove_weight_norm(module, name)
@@ -51,23 +52,20 @@ def resolve(network: N) -> N:
                 prune.remove(module, name)
         if parametrize.is_parametrized(module):
             _own_class(module)
+            module.get_submodule("parametrizations").eval()
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, str(name), leave_parametrized=True)
                 if not isinstance(weight := getattr(module, str(name)), nn.Parameter):  # of frozen parts
                     delattr(module, str(name))
                     module.register_parameter(str(name), nn.Parameter(weight.detach(), requires_grad=False))
-        module.train(mode)
+        module.training = mode
     return network
 
 
 def duplicate(network: N) -> N:
-    """A deep copy, also of a network that has been called: what modules keep of a forward need not be a leaf."""
-    kept: dict[int, Any] = {}
-    for module in network.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                kept[id(value)] = value.detach().clone()
-    return copy.deepcopy(network, kept)
+    """A deep copy, also of a network that has been called: what modules keep of a forward need not be leaves."""
+    with Detached():
+        return copy.deepcopy(network)
 
 
 def _own_class(module: nn.Module) -> None:

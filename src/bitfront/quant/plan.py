@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfront.errors import BitfrontError
 from bitfront.quant.captured import copied
 from bitfront.quant.inputs import Use, Watch
+from bitfront.quant.undisturbed import undisturbed
 
 
 @dataclass
@@ -27,7 +29,8 @@ class Calibration:
         batches: inputs of the network, as ``run`` knows them; a loader or generator is drawn once.
         run: does a forward of the network on a batch; it may write into the batch, which is a copy.
         blocks: names of the modules to work on one after the other; None finds them (``blocks``).
-        valid: of a batch, the share of each sample that is not padding, ``[samples]`` in 0..1, or None.
+        valid: of a batch, what is not padding: the share of each sample, ``[samples]`` in 0..1, a mask of steps,
+            ``[samples, time]``, or None, if nothing is known to be.
         states: folder where each finished block is kept, so that an interrupted run goes on there; or None.
         seed: of the order of the data while tuning.
     """
@@ -46,6 +49,20 @@ class Calibration:
     def forward(self, network: nn.Module, batch: Any) -> Any:
         """What the network makes of a batch, which stays as it is."""
         return self.run(network, copied(batch))
+
+    def modules(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of a network by their names.
+
+        Raises:
+            BitfrontError: there is none of a name.
+        """
+        named = dict(network.named_modules())
+        names = blocks(network) if self.blocks is None else self.blocks
+        for name in names:
+            if name not in named:
+                known = ", ".join(child for child in named if child)
+                raise BitfrontError(f"there is no module '{name}' to take as a block; the network has {known}")
+        return {name: named[name] for name in names}
 
 
 @dataclass
@@ -88,7 +105,7 @@ def blocks(network: nn.Module) -> list[str]:
                 descend(full, child, listed)
             elif not listed and any(like(inner) for inner in child.modules()):
                 descend(full, child, False)
-            else:
+            elif not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
                 found.append(full)
 
     descend("", network, False)
@@ -107,9 +124,8 @@ class _Seen:
         first: by weight or block, a number that rises with time.
     """
 
-    def __init__(self, network: nn.Module, blocks: list[str], weights: dict[str, nn.Parameter]) -> None:
-        self.modules = {name: network.get_submodule(name) for name in blocks}
-        self.weights, self.inside = weights, [""]
+    def __init__(self, modules: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
+        self.modules, self.weights, self.inside = modules, weights, [""]
         self.calls: Counter[str] = Counter()
         self.homes: dict[str, set[str]] = {name: set() for name in weights}
         self.inputs: dict[str, set[Any]] = {name: set() for name in weights}
@@ -122,10 +138,12 @@ class _Seen:
         hooks = [
             m.register_forward_pre_hook(lambda *_, name=name: self._entered(name)) for name, m in self.modules.items()
         ]
-        hooks += [m.register_forward_hook(lambda *_: self.inside.pop() and None) for m in self.modules.values()]
+        hooks += [  # also of a block that raises what the network then catches
+            m.register_forward_hook(lambda *_: self._left(), always_call=True) for m in self.modules.values()
+        ]
         try:
             for self.batch, batch in enumerate(data.batches):
-                self.alive: list[Any] = []  # tensors that are known by their address
+                self.alive: list[list[Any]] = [[]]  # tensors that are known by their address, of each block we are in
                 self.called: Counter[str] = Counter()
                 with torch.no_grad(), Watch(self.weights, self._see):
                     data.forward(network, batch)
@@ -152,8 +170,13 @@ class _Seen:
 
     def _entered(self, name: str) -> None:
         self.inside.append(name)
+        self.alive.append([])
         self.called[name] += 1
         self.first.setdefault(name, len(self.first))
+
+    def _left(self) -> None:
+        self.inside.pop()
+        self.alive.pop()
 
     def _see(self, name: str, use: Use) -> None:
         self.homes[name].add(self.inside[-1])
@@ -161,16 +184,18 @@ class _Seen:
         if not use.lookup:
             self.time_last[self.inside[-1]] = use.geometry is not None or use.unseen.startswith("conv")
         if not use.unseen:
-            self.alive.append(use.inputs)
-            self.inputs[name].add((self.batch, use.key))
+            self.alive[-1].append(use.inputs)
+            block = self.inside[-1]  # in another call, another tensor may have the address
+            self.inputs[name].add((self.batch, block, self.called[block], use.key))
         elif use.unseen not in self.unseen[name]:
             self.unseen[name].append(use.unseen)
 
 
 def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
     """Which weights are solved together, and in which order, as seen from a forward of each batch."""
-    seen = _Seen(network, blocks(network) if data.blocks is None else data.blocks, weights)
-    seen.watch(network, data)
+    seen = _Seen(data.modules(network), weights)
+    with undisturbed(network):
+        seen.watch(network, data)
     units: dict[str, Unit] = {}
     for name in sorted(weights, key=seen.start):
         block = seen.home(name)

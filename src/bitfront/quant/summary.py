@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitfront.quant.artifact import Artifact
-from bitfront.quant.log import blind, partly
+from bitfront.quant.log import blind, padded, partly
 from bitfront.quant.packed import Packed
 
 NAMED = 4  # tensors that a line names
@@ -46,9 +46,10 @@ def _remarks(
     for told, found in (
         ("rounded blind, to nearest, as their inputs were not seen", blind(known.values())),
         ("calibrated on a part of their uses", partly(known.values())),
+        ("calibrated on padding, too, as their inputs are not of the mask's steps", padded(known.values())),
     ):
         if found:
-            named = [f"{name} ({uses})" for name, uses in found.items()]
+            named = [f"{name} ({uses})" if uses else name for name, uses in found.items()]
             lines.append(f"{told}: {_listed(named, sum(artifact.packed[name].nbytes for name in found), total)}")
     return lines
 

@@ -112,9 +112,13 @@ def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list
     missing = [n for n, t in wanted.items() if n not in state and id(t) not in there and not n.endswith(COUNTS)]
     problems = [f"'{name}' is missing" for name in missing]
     problems += [f"'{name}' is not in the network" for name in state if name not in wanted]
-    for name in state.keys() & wanted.keys():
+    first: dict[int, str] = {}
+    for name in [name for name in wanted if name in state]:
+        known = first.setdefault(id(wanted[name]), name)
         if state[name].shape != wanted[name].shape:
             problems.append(f"'{name}' is {list(state[name].shape)}, not {list(wanted[name].shape)}")
         elif state[name].is_floating_point() != wanted[name].is_floating_point():
             problems.append(f"'{name}' is {state[name].dtype}, not {wanted[name].dtype}")
+        elif known != name and not torch.equal(state[known], state[name]):
+            problems.append(f"'{name}' is not the same as '{known}', to which the network ties it")
     return sorted(problems)
