@@ -631,6 +631,27 @@ def test_padding_in_time_first_conformer_layers_counts_nowhere() -> None:
     torch.testing.assert_close(dirty, clean)
 
 
+def test_time_is_where_a_blocks_last_layer_leaves_it() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), nn.ReLU()) for _ in range(2)])
+            self.more = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            x = x.transpose(1, 2)
+            for layer in self.more:
+                x = layer(x)
+            return x
+
+    network = Blocks()
+    data = Calibration([torch.randn(2, 6, 9)], lambda net, x: net(x))
+    units = plan(network, eligible(network, 0.0, ["bias"]), data)
+    assert [unit.time_last for unit in units] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("time_last", [False, True])
 def test_padding_counts_in_no_block_loss(time_last: bool) -> None:
     block: nn.Module = nn.Sequential(nn.Conv1d(6, 6, 1)) if time_last else nn.Sequential(nn.Linear(6, 6))

@@ -233,11 +233,52 @@ def test_what_is_blind_in_strange_networks_is_said() -> None:
     assert int(float_share[2].replace(",", "")) == sum(4 * p.numel() for p in small)
 
 
-def test_wrappers_are_taken_off() -> None:
-    plain = bitfront.quantize(start("unet"), RTN(**SMALL))
-    for wrapped in (torch.compile(start("unet"), backend="eager"), nn.DataParallel(start("unet"))):
-        model = bitfront.quantize(wrapped, RTN(**SMALL))
-        assert model.names == plain.names
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel], ids=["c", "p"])
+def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    x = rows(2, 1, 32)
+    for made in (lambda net: bitfront.quantize(net, RTN(**SMALL)), lambda net: bitfront.prepare(net, LSQ(**SMALL))):
+        plain, wrapped = made(copy.deepcopy(start("unet"))).eval(), made(wrap(copy.deepcopy(start("unet")))).eval()
+        wrapped.save(tmp_path / "net")
+        assert torch.equal(outputs(wrapped, x), outputs(plain, x))
+        assert torch.equal(outputs(bitfront.load(tmp_path / "net", into=start("unet")), x), outputs(plain, x))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
+def test_schedules_move_what_the_optimizer_has_beside_its_rate(optimizer: Any) -> None:
+    """OneCycleLR moves momentum, too, whichever name it has."""
+
+    def rates(joint: bool) -> list[dict[str, Any]]:
+        model = bitfront.prepare(nn.Linear(64, 64), DiffQ(**SMALL))
+        own = optimizer(model.network.parameters(), 1e-3)
+        own = model.optimizer(own) if joint else own
+        schedule = torch.optim.lr_scheduler.OneCycleLR(own, 0.1, total_steps=5)
+        found = []
+        for _ in range(4):
+            own.step()
+            schedule.step()
+            found.append({k: v for k, v in own.param_groups[0].items() if k in ("lr", "betas", "momentum")})
+        return found
+
+    assert rates(True) == rates(False)
+
+
+def test_widths_of_a_frozen_weight_still_learn() -> None:
+    model = bitfront.prepare(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), DiffQ(penalty=5, **SMALL))
+    model.network[0].weight.requires_grad_(False)
+    optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 0.1))
+    before = [copy.deepcopy(list(q.parameters())) for q in model.quantizers]
+    (model(rows(4, 64)).square().mean() + model.penalty()).backward()
+    optimizer.step()
+    for old, quantizer in zip(before, model.quantizers, strict=True):
+        assert not any(torch.equal(a, b) for a, b in zip(old, quantizer.parameters(), strict=True))
+
+
+def test_evaluation_keeps_no_second_copy_of_calibrated_weights() -> None:
+    model = bitfront.quantize(nn.Linear(64, 64), RTN(bits=2, **SMALL))
+    outputs(model, rows(2, 64))
+    assert sum(t.nbytes for t in model._cached_of) < 2 * 64 * 64  # codes and scales
+    model.network.weight.data.fill_(7)  # has no say
+    assert torch.equal(model.weights()["weight"], model.encode()["weight"].decode())
 
 
 @pytest.mark.parametrize("method", [DiffQ(penalty=5, **SMALL), LSQ(bits=4, **SMALL)])
@@ -248,6 +289,7 @@ def test_compiled_models_train_and_measure_the_same(method: Any) -> None:
         net = torch.compile(model, backend="aot_eager") if compiled else model
         optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 0.1))
         x = rows(4, 1, 32)
+        torch.manual_seed(1)  # compiling for the first time may have drawn some
         loss = F.mse_loss(net(x), x) + model.penalty()
         loss.backward()
         optimizer.step()

@@ -39,6 +39,9 @@ def loader():
     for _ in range(6):
         yield torch.randn(4, 3, 32, 32, generator=generator), torch.zeros(4)
 
+def tensor():
+    return torch.randn(56, 3, 32, 32)
+
 def waves():
     return [(torch.randn(2, 1, 800),) for _ in range(4)]
 
@@ -232,6 +235,20 @@ def test_mistakes_are_told_in_one_line(quantize: Run, words: list[str], message:
     done = quantize(*words)
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and not quantize.out.exists()
+
+
+def test_one_tensor_of_samples_is_cut_into_batches(quantize: Run) -> None:
+    done = quantize(
+        "model=theirs:convnet", "data=theirs:tensor", "quant=gptq", "quant.samples=40", "quant.batch_size=8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 batches to calibrate on, 2 others" in done.stdout
+
+
+def test_a_folder_is_no_place_for_a_file(quantize: Run) -> None:
+    quantize.out.mkdir()
+    done = quantize("model=theirs:convnet", "data=theirs:loader", "quant=rtn")
+    assert done.returncode == 1 and "is a folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_file_but_ours_is_written_over(quantize: Run) -> None:

@@ -412,3 +412,20 @@ def test_weights_of_unknown_inputs_are_rounded_on_the_best_grid(symmetric: bool)
     assert error.square().mean().item() == pytest.approx(0.1188, rel=0.02)  # of a Gaussian: Max 1960, table II
     constant, _ = DecoupleQ(bits=2).solve(torch.full((3, 8), 0.7), None)
     torch.testing.assert_close(constant.decode(), torch.full((3, 8), 0.7))
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(64, 2), (64, 32)])
+def test_rows_are_solved_in_parts_of_bounded_size(columns: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights, and of the matrix ``[groups, groups]`` that each row has."""
+    monkeypatch.setattr(solver, "WEIGHTS", 4096)
+    sizes = []
+
+    def solve(part: Tensor) -> Solution:
+        batch, rows, _ = part.shape
+        sizes.append(batch * rows * max(columns, groups**2))
+        scale = torch.zeros(batch, groups, rows)
+        return Solution(scale, scale, part.transpose(1, 2), torch.zeros(batch, rows))
+
+    w = torch.randn(2, 50, columns)
+    found = solver.solve_rows(w, groups, solve)
+    assert max(sizes) <= 4096 < sum(sizes) and torch.equal(found.codes.transpose(1, 2), w)

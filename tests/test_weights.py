@@ -88,6 +88,13 @@ def test_a_tied_weight_needs_one_of_its_names(tmp_path: Path) -> None:
         assert same(network, fresh) and fresh.head.weight is fresh.embedding.weight
 
 
+def test_two_weights_of_a_file_are_not_loaded_into_one_that_is_tied(tmp_path: Path) -> None:
+    state = TiedGPT().state_dict()
+    torch.save(state | {"head.weight": state["head.weight"] + 1}, tmp_path / "x.pth")
+    with pytest.raises(BitfrontError, match="ties"):
+        load_weights(tmp_path / "x.pth", TiedGPT())
+
+
 def test_what_does_not_fit_is_said_and_nothing_loaded(tmp_path: Path) -> None:
     file, network = tmp_path / "mine.pth", ConvNet()
     state = network.state_dict()

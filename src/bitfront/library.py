@@ -185,4 +185,8 @@ def _samples(batch: Any) -> int:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     """What a batch is made of, on a device: tensors, and objects that can be moved likewise."""
-    return tree_map(lambda part: part.to(device) if callable(getattr(part, "to", None)) else part, batch)
+
+    def moves(part: Any) -> bool:
+        return callable(getattr(part, "to", None))
+
+    return tree_map(lambda part: part.to(device) if moves(part) else part, batch, is_leaf=moves)

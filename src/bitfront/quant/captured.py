@@ -79,14 +79,16 @@ def _copied(x: Any, device: torch.device | str | None, memo: dict[int, Any]) -> 
         new = x.detach().to(device or x.device, copy=True)
     elif type(x) in (list, tuple):
         new = type(x)(_copied(part, device, memo) for part in x)
-    elif isinstance(x, tuple) and hasattr(x, "_fields"):
+    elif isinstance(x, tuple) and hasattr(x, "_fields") and not hasattr(x, "to"):
         new = type(x)(*(_copied(part, device, memo) for part in x))
     elif type(x) is dict:
         new = {key: _copied(part, device, memo) for key, part in x.items()}
     else:
         try:
-            with Detached(device):
+            moves = device is not None and callable(getattr(x, "to", None))  # itself, as a packed sequence
+            with Detached(None if moves else device):
                 new = copy.deepcopy(x, memo)
+            new = new.to(device) if moves else new
         except Exception as error:  # whatever a stranger's __deepcopy__, or pickling, raises
             raise BitfrontError(
                 f"an object of {type(x).__name__} among the inputs cannot be copied ({error}), as is needed for each "

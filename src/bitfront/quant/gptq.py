@@ -91,8 +91,6 @@ def packed(solution: Solution, shape: torch.Size, bits: int, dtype: torch.dtype,
     """A solution as it is stored, without the columns of padding."""
     by_rows = {name: getattr(solution, name).transpose(1, 2) for name in ("codes", "scale", "zero")}
     levels = 2**bits - 1
-    if padding:
-        by_rows["codes"][..., -padding:] = 0
     codes = by_rows["codes"].reshape(by_rows["scale"].numel(), -1).to(code_dtype(levels))
     lo, span = (x.reshape(-1).to(dtype) for x in (by_rows["zero"], by_rows["scale"] * levels))
     width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)

@@ -21,7 +21,7 @@ from bitfront.quant.artifact import write_atomically
 from bitfront.quant.core import Method
 from bitfront.quant.plan import Calibration
 
-PLAIN = (str, int, float, complex, torch.dtype, torch.device)
+PLAIN = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 NAMED = (type, FunctionType, BuiltinFunctionType)
 
 

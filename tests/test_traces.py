@@ -1,0 +1,386 @@
+"""What forwards leave in a network, and what quantizing leaves in it: modes, buffers, attributes, types, devices."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import bitfront
+from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, Calibration, DecoupleQ, DiffQ
+from bitfront.quant.captured import copied
+from bitfront.quant.parametrized import duplicate
+
+ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["bias"]}
+
+
+class Recurrent(nn.Module):
+    """Keeps a count, a list and a hidden state, which the next forward goes on from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.hidden, self.count, self.seen = nn.Linear(16, 16), None, 0, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.seen.append(len(x))
+        self.hidden = x if self.hidden is None else 0.9 * self.hidden + x
+        self.last = self.linear(self.hidden)
+        return self.last
+
+
+def test_every_pass_starts_from_the_state_that_the_network_is_given_in() -> None:
+    data = [torch.randn(8, 16) for _ in range(4)]
+    network = Recurrent()
+    model = bitfront.quantize(network, GPTQ(bits=2, **ALL), data)
+    kept = model.network
+    assert (kept.count, kept.seen, kept.hidden) == (0, [0], None) and not hasattr(kept, "last")
+    hidden, inputs = torch.zeros(8, 16), []
+    for x in data:
+        hidden = 0.9 * hidden + x
+        inputs.append(hidden)
+    seen = torch.cat(inputs)
+    exact, wrong = (seen @ w.T for w in (network.linear.weight, model.encode()["linear.weight"].decode()))
+    wanted = ((wrong - exact).square().sum() / exact.square().sum()).item()
+    assert model.log["layers"][0]["loss"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_buffers_that_share_memory_still_do() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.arange(10.0)
+            self.register_buffer("whole", whole)
+            self.register_buffer("part", whole[:5])
+            self.register_buffer("spread", torch.ones(1).expand(4))
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.part += 1
+            self.whole = self.whole.clone()
+            return self.linear(x)
+
+    network = Views()
+    GPTQ(**ALL).attach(network, Calibration([torch.randn(8, 16)], lambda net, x: net(x)))
+    assert torch.equal(network.whole, torch.arange(10.0))
+    network.whole.fill_(3)
+    assert torch.equal(network.part, torch.full((5,), 3.0))
+
+
+def test_a_network_that_has_been_called_is_copied() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.state = nn.LSTM(16, 16, batch_first=True), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, hidden = self.lstm(x)
+            self.state = {"of": [hidden]}  # results, which torch does not copy
+            return out
+
+    network = Keeps()
+    network(torch.randn(2, 3, 16))
+    bitfront.quantize(network, RTN(**ALL))
+    again = duplicate(network)
+    for ours, theirs in zip(again.state["of"][0], network.state["of"][0], strict=True):
+        assert torch.equal(ours, theirs) and ours is not theirs
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(16, 16)), nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.linear(x, self.weight))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_resolving_a_weight_leaves_the_modes_of_what_lies_below(norm: Callable[[nn.Module], nn.Module]) -> None:
+    network = nn.Sequential(norm(Normed()))
+    network.train()[0].norm.eval()
+    with torch.no_grad():
+        wanted = copy.deepcopy(network).eval()[0].weight
+    bitfront.resolve(network)
+    assert network[0].training and not network[0].norm.training
+    torch.testing.assert_close(network[0].weight.detach(), wanted)
+
+
+def test_stored_numbers_keep_their_type_when_the_network_changes_its_own(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(16, 16))
+    model = bitfront.quantize(network, RTN(bits=8, **ALL))
+    before = model.encode()["0.weight"].decode()
+    model.bfloat16()
+    assert model.network[0].weight.dtype == torch.bfloat16
+    assert torch.equal(model.encode()["0.weight"].decode(), before)
+    model.save(tmp_path / "net")
+    loaded = bitfront.load(tmp_path / "net", into=nn.Sequential(nn.Linear(16, 16)).bfloat16())
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(x), loaded(x))
+
+
+def test_complex_parameters_stay_as_they_are(tmp_path: Path) -> None:
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.filter = nn.Linear(16, 16), nn.Parameter(torch.randn(9, dtype=torch.cfloat))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(self.linear(x)) * self.filter, 16)
+
+    network, x = Filter(), torch.randn(8, 16)
+    model = bitfront.quantize(network, GPTQ(**ALL), [x])
+    model.save(tmp_path / "net")
+    assert "float, complex numbers: 1 tensors, 72 bytes" in model.summary()
+    with torch.no_grad():
+        assert torch.equal(bitfront.load(tmp_path / "net", into=Filter())(x), model(x))
+        network.filter[3] = complex(1, float("nan"))
+    with pytest.raises(BitfrontError, match="'filter' holds NaN"):
+        bitfront.quantize(network, RTN(**ALL))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [STE(bits=2, **ALL), DiffQ(**ALL)])
+def test_recomputation_in_the_backward_is_refused(method: Any, reentrant: bool) -> None:
+    """It would see the float weights, and gradients would be wrong without a word."""
+
+    class Recomputes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.again = nn.Linear(16, 16), nn.Linear(16, 16), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            run = nn.Sequential(self.first, nn.Tanh(), self.second)
+            return checkpoint(run, x, use_reentrant=reentrant) if self.again else run(x)
+
+    model = bitfront.prepare(Recomputes(), method).train()
+    x = torch.randn(8, 16, requires_grad=True)
+    loss = model(x).square().mean()
+    with pytest.raises(BitfrontError, match="in the backward"):
+        loss.backward()
+    model.network.again = False
+    model(x).square().mean().backward()
+    assert model.network.first.weight.grad is not None
+
+
+def test_a_weight_that_is_reached_past_its_module_is_refused() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            self.kept = [self.linear.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.kept[0].shape == (16, 16) and self.kept[0].device == x.device  # a look is no use
+            return F.linear(x, self.kept[0]) if self.training else self.linear(x)
+
+    x = torch.randn(8, 16)
+    with pytest.raises(BitfrontError, match=r"'linear\.weight' from a list"):
+        bitfront.prepare(Listed(), LSQ(**ALL))(x)
+    bitfront.prepare(Listed(), LSQ(**ALL)).eval()(x)
+
+
+def test_scripts_are_refused_where_their_weights_are_quantized_and_left_alone_elsewhere() -> None:
+    network = nn.Sequential(torch.jit.script(nn.Linear(16, 16)), nn.Linear(16, 16))
+    for quantized in (lambda: bitfront.quantize(network, RTN(**ALL)), lambda: bitfront.prepare(network, STE(**ALL))):
+        with pytest.raises(BitfrontError, match="'0' is a TorchScript"):
+            quantized()
+    network = nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.Tanh()), nn.Linear(16, 16))
+    model = bitfront.quantize(network, GPTQ(**ALL), [torch.randn(8, 16)])
+    assert all(entry["inputs"] == 8 for entry in model.log["layers"])
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys = [{"k": torch.zeros(2)}]
+
+
+class Movable:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> Movable:
+        return Movable(self.x.to(device))
+
+
+def test_batches_of_any_make_are_moved_and_copied_to_the_networks_device() -> None:
+    x = torch.zeros(2, 16)
+    places: list[Any] = []
+
+    class Looks(nn.Linear):
+        def forward(self, batch: Any) -> Tensor:
+            named, ordered, objects, packed = batch
+            for t in (named.x, named.y[0], ordered["a"], objects[0].x, packed.data):
+                places.append(t.device.type)
+            return super().forward(named.x)
+
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
+    batch = (Pair(x, [x]), OrderedDict(a=x), [Movable(x)], packed)
+    bitfront.library.call(Looks(16, 16, device="meta"), (batch,))
+    assert places == ["meta"] * 5 and x.device.type == "cpu"
+    assert copied(packed, "meta").data.device.type == "meta" and torch.equal(copied(packed).data, packed.data)
+    assert copied(Cache(), "meta").keys[0]["k"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        ({"x": torch.zeros(4, 16), "class weights": torch.ones(1000)}, 4),
+        (torch.zeros(3), 3),
+        ([{"text": "a", "x": torch.zeros(5)}], 5),
+        ("a", 1),
+        (type("Graphs", (), {"num_graphs": 7, "x": torch.zeros(90)})(), 7),
+        (type("Sized", (), {"batch_size": 6})(), 6),
+    ],
+)
+def test_samples_of_a_batch(batch: Any, samples: int) -> None:
+    drawn = bitfront.library.drawn((batch for _ in range(100)), 10 * samples, 1)
+    assert len(drawn) == 10
+
+
+def test_options_that_need_a_task_are_refused_by_the_library() -> None:
+    network = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+    for option in ("reestimate_bn", "sft"):
+        with pytest.raises(BitfrontError, match=option):
+            bitfront.quantize(network, GPTQ(**{option: True}, **ALL), [torch.randn(8, 16)])
+    with pytest.raises(BitfrontError, match="no module 'nope' to take as a block"):
+        bitfront.quantize(network, GPTQ(**ALL), [torch.randn(8, 16)], blocks=["nope"])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, project: nn.Module | None = None) -> Tensor:
+        if x.shape[1] != 16:
+            raise ValueError
+        x = torch.tanh(self.linear(x))
+        return x if project is None else project(x)
+
+
+class Foreign(nn.Module):
+    """A block is called with a layer that it does not own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.project = nn.ModuleList([Block(), Block()]), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x), self.project)
+
+
+class Conditional(nn.Module):
+    """The quantized network may call a block on other batches than the float network does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.calls = nn.ModuleList([Block(), Block()]), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x) if x.mean() > 0 else x
+
+
+class Masked(nn.Module):
+    """Blocks hand on a mask of minus infinity beside what they compute."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return self.inner(both[0]), both[1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(Masked.Layer(), Masked.Layer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x, torch.full((8, 8), -torch.inf).triu(1)))[0]
+
+
+@pytest.mark.parametrize("kind", [Foreign, Conditional, Masked])
+def test_blocks_of_any_kind_are_tuned(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(2, 16) for _ in range(40)]
+    network = kind().eval()
+    untuned, tuned = (bitfront.quantize(network, DecoupleQ(bits=1, J=n, patience=9, **ALL), data) for n in (0, 8))
+    found = [(b["held_out"], b["best_epoch"]) for b in tuned.log["blocks"] if "held_out" in b]
+    assert len(found) == 2 and all(torch.isfinite(torch.tensor(held)).all() for held, _ in found)
+    assert all(held[best] <= held[0] for held, best in found) and any(best for _, best in found)
+    with torch.no_grad():
+        errors = [sum((model(x) - network(x)).square().sum().item() for x in data) for model in (untuned, tuned)]
+    assert errors[1] < errors[0]
+
+
+def test_a_block_that_raises_what_the_network_catches_is_left_again() -> None:
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = self.layers[0](x[:, :3])
+            except ValueError:
+                x = self.layers[1](x)
+            return self.head(x)
+
+    model = bitfront.quantize(Catches(), GPTQ(**ALL), [torch.randn(8, 16)])
+    blocks = {entry["name"]: entry["block"] for entry in model.log["layers"]}
+    assert blocks["head.weight"] == "head" and blocks["layers.1.linear.weight"] == "layers.1"
+
+
+def test_layers_that_are_called_norms_and_hold_matrices_are_no_norms() -> None:
+    class NormedLinear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+    class ScaleNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(16))
+
+    found = bitfront.quant.blockwise.norm_parameters(
+        nn.ModuleDict({"a": NormedLinear(16, 4, bias=False), "b": ScaleNorm(), "c": nn.LayerNorm((4, 4))})
+    )
+    assert {name for name, _ in found} == {"b.scale", "c.weight", "c.bias"}
+
+
+def test_options_of_functional_layers_come_in_any_form() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w, self.v = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.conv2d(x, self.w, None, [2, 2], [1]).movedim(1, -1), self.v)
+
+    class Layers(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.w, None, 2, 1).movedim(1, -1) @ self.v
+
+    data = [torch.randn(2, 3, 8, 8)]
+    found, wanted = (bitfront.quantize(kind(), GPTQ(bits=2, **ALL), data) for kind in (Functional, Layers))
+    assert torch.equal(found.encode()["w"].codes, wanted.encode()["w"].codes)
+    assert "v (linear)" in found.summary() and "v (matmul)" in wanted.summary()
