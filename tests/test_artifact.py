@@ -232,8 +232,8 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monk
 @pytest.mark.parametrize(
     "crafted",
     [
-        {"shape": [1 << 40]},
-        {"shape": [1 << 20, 1 << 20], "rows": 1 << 20},
+        {"shape": [1 << 40], "scales": 1},
+        {"shape": [1 << 20, 1 << 20], "rows": 1 << 20, "scales": 1},
         {"shape": [-16, -20]},
         {"shape": [16.0, 20]},
         {"shape": 320},
@@ -326,3 +326,12 @@ def test_tensors_that_share_memory_are_stored_each(tmp_path: Path) -> None:
     Artifact.of(network, {}, {}).save(tmp_path / "a")
     Artifact.load(tmp_path / "a").load_into(fresh)
     assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in network.state_dict().items())
+
+
+def test_files_of_torch_and_places_that_are_none_are_told(tmp_path: Path) -> None:
+    torch.save(ConvNet().state_dict(), tmp_path / "mine.pth")
+    with pytest.raises(ArtifactError, match=r"saved by torch; load it with torch\.load"):
+        Artifact.load(tmp_path / "mine.pth")
+    for place in (tmp_path, tmp_path / "nowhere" / "a"):
+        with pytest.raises(ArtifactError, match="give a file in a folder"):
+            stored(ConvNet(), place)

@@ -11,6 +11,7 @@ import torch
 from conftest import attach, cli, command
 from torch import Tensor, nn
 
+import bitfront
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method
 from bitfront.cells.record import read_all
@@ -46,6 +47,13 @@ def test_a_file_from_the_gpu_is_the_file_from_the_cpu(
     if isinstance(method, Trained):
         for key, w in here.weights().items():
             torch.testing.assert_close(w, there.weights()[key].cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_states_of_an_interrupted_calibration_go_back_to_the_gpu(tmp_path: Path) -> None:
+    network, data = nn.Sequential(nn.Linear(64, 64)).cuda(), [torch.randn(8, 64)]
+    for _ in range(2):  # the second time from states
+        model = bitfront.quantize(network, bitfront.GPTQ(min_size=0.0), data, states=tmp_path)
+        assert model(data[0].cuda()).device.type == "cuda" and all(p.is_cuda for p in model.buffers())
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ def test_from_a_folder_to_the_report(swept: Path) -> None:
     assert records["decoupleq"].sizes.file < records["float"].sizes.file / 3
     report = cli("report", str(swept / "runs"))
     assert all(method in report.stdout for method in records), report.stderr
+    assert cli("report", str(swept / "runs"), "task=images").stdout == report.stdout  # whatever the data are called
     assert len(json.loads(next((swept / "data" / ".splits").glob("*.json")).read_text())) == 60
 
 
@@ -240,7 +241,7 @@ def test_images_of_all_kinds_become_colours_of_one_size(tmp_path: Path) -> None:
         (("data={}", "model=timm.resnet1"), "choices: timm.resnet10t"),
         (("data={}", "model=resnet21"), "choices: resnet20"),
         (("data={}", "model=not_there:net"), "could not import not_there"),
-        (("data={}", "model=torch:net"), "has no attribute 'net'"),
+        (("data={}", "model=torch:net"), "torch has no 'net'"),
         (("data={}", "model=hf:nowhere"), "there is no folder 'nowhere'"),
         (("data={}", "task.mean=[0.5]"), "task.mean=[0.5] and task.std="),
         (("data={}", "task.fingerprint=x"), "has no option 'task.fingerprint'"),

@@ -15,12 +15,12 @@ from bitfront.commands import COMMANDS
 
 PACKAGE = REPOSITORY / "src" / "bitfront"
 FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
-BASE = {"errors", "shipped", "console", "processes", "progress", "ranges"}
+BASE = {"errors", "shipped", "console", "processes", "progress", "ranges", "theirs"}
 MAY = {  # what each floor may import, besides itself
     **{name: {"errors", "shipped", "processes"} for name in BASE},
     "quant": {"errors", "ranges", "progress"},
-    "models": {"errors"},
-    "data": {"errors", "shipped", "progress"},
+    "models": {"errors", "theirs"},
+    "data": {"errors", "shipped", "progress", "theirs"},
     "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},
     "cells": {"tasks", "models", "quant", "library", "data", *BASE},
     "sweeps": {"cells", *BASE},

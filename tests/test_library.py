@@ -226,7 +226,7 @@ def test_what_is_blind_in_strange_networks_is_said() -> None:
     assert "2 tensors" in unet and "up.0.weight (conv_transpose1d)" in unet
     whole = bitfront.quantize(start("convnet"), GPTQ(), classified(2)).summary()
     float_share = re.search(
-        r"float, at most 2,621 values \(min_size\): (\d+) tensors, ([\d,]+) bytes, ([\d.]+) %", whole
+        r"float, at most 2,621 values, min_size=0\.01 MB: (\d+) tensors, ([\d,]+) bytes, ([\d.]+) %", whole
     )
     small = [p for p in start("convnet").parameters() if p.numel() <= 2621]
     assert float_share and int(float_share[1]) == len(small)
@@ -339,6 +339,36 @@ def test_only_the_weights_are_scheduled_and_clipped() -> None:
     few, many = trained(1.0), trained(1e6)
     noise_alone = (few.network[0].bias - many.network[0].bias).abs().max()
     assert noise_alone < 1e-4 * 0.01 * 3
+
+
+def test_a_network_that_is_quantized_already_is_refused() -> None:
+    model = bitfront.prepare(nn.Linear(64, 64), LSQ(**SMALL))
+    for again in (lambda: bitfront.prepare(model, STE(**SMALL)), lambda: bitfront.quantize(model, RTN(**SMALL))):
+        with pytest.raises(BitfrontError, match="quantized already"):
+            again()
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (rows(8), r"a tensor \[8\]"),
+        ({"a": rows(2, 8), "y": 3}, r"a dict of a: a tensor \[2, 8\], y: a int"),
+        (((rows(2, 8), rows(2, 8)), 0), r"a tuple of a tuple of a tensor \[2, 8\], a tensor \[2, 8\], a int"),
+    ],
+)
+def test_a_batch_that_the_network_does_not_take_is_told(batch: Any, told: str) -> None:
+    with pytest.raises(BitfrontError, match=f"first batch, {told} .*forward=lambda") as caught:
+        bitfront.quantize(start("unet"), GPTQ(**SMALL), [batch])
+    assert caught.value.__cause__ is not None  # whose traceback shows where
+
+
+def test_widths_that_have_hardly_moved_are_told() -> None:
+    model = bitfront.prepare(nn.Linear(64, 64), DiffQ(penalty=5, **SMALL))
+    assert "hardly moved from 8 bits" in model.summary()
+    with torch.no_grad():
+        for p in model.quantizers.parameters():
+            p.sub_(1)
+    assert "hardly moved" not in model.eval().summary()
 
 
 def test_an_optimizer_of_another_network_is_refused() -> None:

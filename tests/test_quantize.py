@@ -115,6 +115,9 @@ def test_photos_from_class_folders_to_a_file_that_another_program_reads(quantize
     before, after = re.findall(r": loss [\d.]+, top1 ([\d.]+), top5", done.stdout)
     assert float(before) >= 80 and float(after) >= float(before) - 20
     size = quantize.out.stat().st_size
+    assert "scaled to 32 x 32 (task.image_size=)" in done.stdout and ", on 10 samples for testing" in done.stdout
+    assert "has no test part" in done.stdout
+    assert bitfront.Artifact.load(quantize.out).about["images"]["image_size"] == 32
     assert f"file: {size:,} bytes" in done.stdout and f"{size:,} bytes of 1,419,924" in done.stdout
     x = torch.randn(3, 3, 32, 32)
     ours = bitfront.load(quantize.out, into=convnet())
@@ -225,6 +228,10 @@ def test_networks_of_a_users_package_are_quantized_on_text_and_sound(quantize: R
         (["model=theirs:convnet", "data=theirs:broken"], "no such luck"),
         (["model=theirs:convnet", "data=theirs:wrong"], "must give batches"),
         (["model=theirs:convnet", "data=theirs:waves"], "does not run on data=theirs:waves"),
+        (["model=theirs:convnet", "data=theirs:nothere"], "theirs has no 'nothere'; it has convnet, predictor"),
+        (["model=theirs:nothere", "data=theirs:loader"], "theirs has no 'nothere'; it has convnet, predictor"),
+        (["model=theirs.nets", "data=theirs:loader", "weights=pretrained"], "theirs.nets:<function>"),
+        (["model=theirs:convnet", "data=theirs:loader", "quant=diffq", "bits=3"], "none of those after training"),
         (["model=theirs:convnet", "data=theirs:loader", "weights=nowhere.pth"], "weights=nowhere.pth: no such file"),
         (["model=theirs:convnet", "data=theirs:loader", "quant=lsq"], "none of those after training"),
         (["model=torchvision.shufflenet", "data=theirs:loader", "weights=pretrained"], "torchvision.shufflenet_v2"),
@@ -235,6 +242,18 @@ def test_mistakes_are_told_in_one_line(quantize: Run, words: list[str], message:
     done = quantize(*words)
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and not quantize.out.exists()
+
+
+def test_one_image_is_no_data_and_a_folder_without_tokenizer_no_language(quantize: Run, tmp_path: Path) -> None:
+    image = next((quantize.place / "photos").rglob("*.png"))
+    done = quantize("model=theirs:convnet", f"data={image}", "quant=rtn")
+    assert done.returncode == 1 and "one image; give the folder" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "story.txt").write_text(story())
+    folder = hf(tmp_path / "bert", "encoder")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    done = quantize(f"model=hf:{folder}", f"data={tmp_path}/story.txt", "quant=gptq")
+    assert done.returncode == 1 and "no tokenizer" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_tensor_of_samples_is_cut_into_batches(quantize: Run) -> None:

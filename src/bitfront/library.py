@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bitfront.errors import BitfrontError
+from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.calibration import PostTraining
 from bitfront.quant.captured import copied
@@ -19,6 +19,7 @@ from bitfront.quant.core import Method
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.parametrized import duplicate, resolve
 from bitfront.quant.plan import Calibration
+from bitfront.quant.undisturbed import undisturbed
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -37,8 +38,8 @@ def quantize(
     """Quantize a trained network after training. It stays as it is; the result is a copy, which has its hooks.
 
     Args:
-        network: any module, on the device to work on; wrappers (``DataParallel``, ``torch.compile``) are taken off,
-            weights that it computes from others (weight norm and the like) resolved.
+        network: any module, on the device to work on; ``DataParallel`` and ``torch.compile`` are taken off, weights
+            that it computes from others (weight norm and the like) resolved.
         method: ``RTN``, ``GPTQ``, ``DecoupleQ`` or one of your own.
         data: batches of inputs, tuples or dicts, as a loader, a list or a generator gives them, of which the first
             ``method.samples`` samples count; or one tensor of samples, cut into batches of ``method.batch_size``. Round
@@ -51,7 +52,7 @@ def quantize(
         seed: of the order of the data where blocks are tuned.
 
     Returns:
-        The quantized model in evaluation mode: a module that is called as the network is; ``summary``, ``save``.
+        The quantized model in evaluation mode, which is called as the network is.
 
     Raises:
         BitfrontError: there are no data, a weight or an input is not finite, a layer cannot be quantized as asked.
@@ -63,8 +64,10 @@ def quantize(
             raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
     network = resolve(duplicate(unwrapped(network)))
     batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
-    folder = None if states is None else Path(states)
-    calibration = Calibration(batches, forward or call, blocks, valid or not_padded, folder, seed)
+    kept = None if states is None else Path(states)
+    calibration = Calibration(batches, forward or call, blocks, valid or not_padded, kept, seed)
+    if batches:
+        _try(network, calibration)
     return method.attach(network, calibration if batches else None).eval()
 
 
@@ -172,6 +175,36 @@ def unwrapped(network: nn.Module) -> nn.Module:
             network = inner
         else:
             return network
+
+
+@torch.no_grad()
+def _try(network: nn.Module, data: Calibration) -> None:
+    """A forward before all others, whose fault is the data's or the network's.
+
+    Raises:
+        BitfrontError: with what it was given; the cause is its.
+    """
+    try:
+        with undisturbed(network):
+            data.forward(network.eval(), data.batches[0])
+    except BitfrontError:
+        raise
+    except Exception as error:  # whatever a stranger's forward raises
+        raise BitfrontError(
+            f"the network does not run on the first batch, {_told(data.batches[0])} ({type(error).__name__}: "
+            f"{first_line(error)}); give batches as its forward takes them, or forward=lambda net, batch: ..."
+        ) from error
+
+
+def _told(x: Any) -> str:
+    """What a batch is made of."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    if isinstance(x, Mapping):
+        return f"a dict of {', '.join(f'{key}: {_told(part)}' for key, part in x.items())}"
+    if isinstance(x, (tuple, list)):
+        return f"a {type(x).__name__} of {', '.join(map(_told, x)) or 'nothing'}"
+    return f"a {type(x).__name__}"
 
 
 def _samples(batch: Any) -> int:

@@ -14,5 +14,6 @@ def shipped(name: str) -> Path:
 
 
 def module(command: str) -> str:
-    """What starts a command where the package is: ``python -m src.run`` in a checkout, ``bitfront run`` elsewhere."""
-    return f"python -m src.{command}" if (CHECKOUT / "src" / f"{command}.py").is_file() else f"bitfront {command}"
+    """What starts a command here: ``python -m src.run`` in the folder of a checkout, ``bitfront run`` elsewhere."""
+    here = Path.cwd() == CHECKOUT and (CHECKOUT / "src" / f"{command}.py").is_file()
+    return f"python -m src.{command}" if here else f"bitfront {command}"

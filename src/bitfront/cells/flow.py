@@ -17,7 +17,7 @@ from bitfront.cells import compose
 from bitfront.cells.batchnorm import batch_norms, reestimate
 from bitfront.cells.check import check_values, recipe_of
 from bitfront.cells.compose import Config
-from bitfront.cells.identity import trains
+from bitfront.cells.identity import FINGERPRINT, trains
 from bitfront.cells.provenance import environment, peak_memory
 from bitfront.cells.record import Head, Primary, Record, Sizes, sha256
 from bitfront.cells.runs import Origin, Run
@@ -25,6 +25,7 @@ from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
+from bitfront.data.folders import unsplit
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
@@ -33,8 +34,9 @@ from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import Float, Method
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.plan import Calibration
-from bitfront.quant.weights import load_weights
+from bitfront.quant.weights import load_weights, ours
 from bitfront.tasks.core import Task, to_device
+from bitfront.tasks.notes import overlap, say
 
 
 def build_task(config: Config) -> Task:
@@ -204,6 +206,10 @@ def _attached(
         network = task.model() if origin else task.initial()
         if origin:
             load_weights(Path(origin.path), network)
+            data = config.values["task"].get("data", "")
+            own = config.values["task"].get(FINGERPRINT) and not ours(Path(origin.path))
+            if own and unsplit(data, config.values["data_root"]):
+                say(overlap(data, origin.path))
     if method.reestimate_bn and not batch_norms(network):
         raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
     if config.values["smoke"]:

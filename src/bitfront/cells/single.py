@@ -16,6 +16,7 @@ from bitfront.cells.compose import Config
 from bitfront.cells.flow import build_method, build_task
 from bitfront.cells.trainer import accelerator
 from bitfront.data import unlabelled
+from bitfront.data.folders import unsplit
 from bitfront.data.imagenet import view
 from bitfront.data.source import FOLDER, Source
 from bitfront.errors import BitfrontError, first_line
@@ -29,9 +30,11 @@ from bitfront.quant.inputs import inside
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.weights import load_weights
 from bitfront.tasks.core import Task, to_device
+from bitfront.tasks.notes import overlap
 
 HELD = 0.25  # of so many samples as calibrate, more that outputs are compared on
 LENGTH, RATE, SECONDS = 128, 16000, 30.0  # tokens of a line; Hz and length of a recording
+READING = ("image_size", "mean", "std", "interpolation", "crop_share")  # of images: the task's options
 FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -67,16 +70,29 @@ def quantized(source: Source, config: Config, chosen: Chosen) -> Iterator[str]:
     torch.manual_seed(config.values["seed"])
     network = _weighted(chosen, task).to(device).eval()
     with _fitting(source, chosen):
+        if source.kind == "images" and source.files:
+            yield _as_images_are_read(config)
+        if task and chosen.weights != "pretrained" and unsplit(source.name, config.values["data_root"]):
+            yield overlap(source.name, chosen.weights or chosen.model)
         work = _Labelled(task, method, device) if task else _Unlabelled(source, config, chosen, method)
         yield f"{chosen.model}: {work.measured(network)}"
         model = work.quantized(network)
-    about = {"model": chosen.model, "quant": config.method, "setting": config.setting}
+    about: dict[str, Any] = {"model": chosen.model, "quant": config.method, "setting": config.setting}
+    about |= {"images": {key: config.values["task"][key] for key in READING}} if source.kind == "images" else {}
     size = model.save(chosen.out, about)
     again = load(chosen.out, into=_built(chosen, task)).to(device).eval()
     yield model.summary(about)
     yield f"{chosen.out}: {work.measured(again)}"
     exact = float_bytes(network)
     yield f"{size:,} bytes of {exact:,} ({exact / size:.1f} times smaller)"
+
+
+def _as_images_are_read(config: Config) -> str:
+    size, mean, std = (config.values["task"][key] for key in ("image_size", "mean", "std"))
+    return (
+        f"images are scaled to {size} x {size} (task.image_size=), their channels have mean {mean} and deviation {std} "
+        "(task.mean=, task.std=) taken out: these must be as in the network's training"
+    )
 
 
 class _Labelled:
@@ -87,7 +103,8 @@ class _Labelled:
 
     def measured(self, network: nn.Module) -> str:
         found = self.task.evaluate(network, "test", self.device)
-        return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        return f"{told}, on {len(self.task.loader('test').dataset):,} samples for testing"  # type: ignore[arg-type]
 
     def quantized(self, network: nn.Module) -> QuantizedModel:
         if self.method.reestimate_bn and not batch_norms(network):

@@ -115,21 +115,35 @@ def _config(source: Source, chosen: Options, others: list[str]) -> compose.Confi
         BitfrontError: a word does not fit, or the method trains.
     """
     words = [f"task={source.kind}", f"quant={DEFAULT}", *others, f"data_root={chosen.data_root}"]
+    _check_method(words, source, chosen)
     words += [f"data={chosen.data}", f"model={chosen.model}"] if source.labelled else ["data=generated"]
     check(words)
     config = compose.load(words)
     check_values(config)
-    run = f"{module('run')} task={source.kind}"
-    if not calibrated(config.values):
-        raise BitfrontError(
-            f"quant={config.method} is none of those after training, rtn, gptq and decoupleq; train with {run} "
-            f"data={chosen.data} model={chosen.model} quant={config.method}, or with bitfront.prepare in your own loop"
-        )
     if config.values["quant"]["sft"]:
-        raise BitfrontError(f"quant.sft=true trains on labels: {run} data={chosen.data} model={chosen.model}")
+        raise BitfrontError(
+            f"quant.sft=true trains on labels: {module('run')} task={source.kind} data={chosen.data} "
+            f"model={chosen.model}"
+        )
     if config.values["quant"]["reestimate_bn"] and not source.labelled:
         raise BitfrontError("quant.reestimate_bn needs training data with labels, which these are not")
     return config
+
+
+def _check_method(words: list[str], source: Source, chosen: Options) -> None:
+    """Refuse a method that trains, before its options are looked at.
+
+    Raises:
+        BitfrontError: with what to do instead.
+    """
+    method = [word for word in words if word.startswith("quant=")][-1]
+    if method.partition("=")[2] not in compose.options("quant"):
+        return  # is refused with the others
+    if not calibrated(compose.load([words[0], method, "data=generated"]).values):
+        raise BitfrontError(
+            f"{method} is none of those after training, rtn, gptq and decoupleq; train with {module('run')} "
+            f"{words[0]} data={chosen.data} model={chosen.model} {method}, or with bitfront.prepare in your own loop"
+        )
 
 
 def _out(chosen: Options, method: str) -> Path:

@@ -98,6 +98,11 @@ def report(root: Path, chosen: Options) -> None:
     CONSOLE.print(f"tables and figures: {out}\npage: {out / 'report.html'}")
 
 
+def _of_task(name: str, known: list[str]) -> list[str]:
+    """A task's own name, or those of all its data."""
+    return [name] if name in known else [k for k in known if k.startswith(f"{name}-")] or [name]
+
+
 def select(root: Path, table: list[Row], chosen: Options) -> list[Row]:
     """The rows that the options ask for.
 
@@ -111,6 +116,8 @@ def select(root: Path, table: list[Row], chosen: Options) -> list[Row]:
     for key in ("task", "method"):
         names = getattr(chosen, key).split(",") if getattr(chosen, key) else []
         known = sorted({getattr(row, key) for row in table})
+        if key == "task":  # data of the user's have a part of their own in the name
+            names = [other for name in names for other in _of_task(name, known)]
         for name in names:
             if name not in known:
                 near = closest(name, known)

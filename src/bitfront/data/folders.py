@@ -42,6 +42,17 @@ def find(data: str, data_root: str) -> Path:
     )
 
 
+def unsplit(data: str, data_root: str) -> bool:
+    """Whether data of the user's have no part for validation or test, so that these are made of them.
+
+    Raises:
+        BitfrontError: there are no such data.
+    """
+    place = find(data, data_root)
+    parts = place.iterdir() if place.is_dir() else ()
+    return not any(split_of(part.stem if part.is_file() else part.name) in ("valid", "test") for part in parts)
+
+
 def split_of(name: str) -> str | None:
     """The split that a folder, or a file without its ending, is named after; None if it is no such name."""
     return NAMES.get(name.lower())
@@ -144,14 +155,7 @@ def labelled(
     Raises:
         BitfrontError: the layout is another one, a class is empty or unknown in training, or there is only one.
     """
-    if not folder.is_dir():
-        raise BitfrontError(f"'{folder}' is no folder")
-    roots, below = split_folders(folder), _below(folder)
-    others = [path for path in below if path not in roots.values()]
-    if not roots or (others and not _below(roots.get("train", folder / "train"))):  # a class may be named train
-        roots = {"train": folder}
-    elif others:
-        raise BitfrontError(f"'{others[0]}' is no split; classes belong below {', '.join(map(str, roots.values()))}")
+    roots = _roots(folder)
     found = {split: {path.name: files(path, suffixes) for path in _below(root)} for split, root in roots.items()}
     classes = sorted(found.get("train", {}))
     if len(classes) < 2:
@@ -170,6 +174,19 @@ def labelled(
     }
     parts = completed(given, memory, label)
     return classes, {s: [(folder / name, classes.index(label[name])) for name in names] for s, names in parts.items()}
+
+
+def _roots(folder: Path) -> dict[str, Path]:
+    """By split, the folder that has its classes."""
+    if not folder.is_dir():
+        raise BitfrontError(f"'{folder}' is no folder")
+    roots = split_folders(folder)
+    others = [path for path in _below(folder) if path not in roots.values()]
+    if not roots or (others and not _below(roots.get("train", folder / "train"))):  # a class may be named train
+        return {"train": folder}
+    if others:
+        raise BitfrontError(f"'{others[0]}' is no split; classes belong below {', '.join(map(str, roots.values()))}")
+    return roots
 
 
 def _below(folder: Path) -> list[Path]:

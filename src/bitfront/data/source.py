@@ -63,6 +63,8 @@ def found(name: str, data_root: str, model: str, classes: int, labels: bool = Tr
 
 def _labelled(kind: str, place: Path, files: list[Path], model: str, classes: int) -> bool:
     if kind == "images":
+        if place.is_file():
+            raise BitfrontError(f"data={place} is one image; give the folder of many")
         root = folders.split_folders(place).get("train", place) if place.is_dir() else place
         below = [path.relative_to(root).parts for path in files if path.is_relative_to(root)]
         groups = {parts[0] for parts in below}

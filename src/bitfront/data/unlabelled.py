@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,9 @@ from bitfront.data.imagenet import Photos
 from bitfront.data.own import utf8
 from bitfront.data.transcribed import mono
 from bitfront.errors import BitfrontError
+from bitfront.theirs import imported
+
+STEMS = ("tokenizer", "vocab", "spiece", "merges", "preprocessor", "processor", "feature_extractor")  # of files
 
 
 def shuffled(paths: Sequence[Path]) -> list[Path]:
@@ -80,24 +81,24 @@ def batches(name: str) -> Iterable[Any]:
     Raises:
         BitfrontError: there is no such function, it fails, or gives no batches.
     """
-    module, _, function = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    found = imported("data", name)
     try:
-        found = getattr(import_module(module), function)
         found = found() if inspect.isroutine(found) or inspect.isclass(found) else found
     except Exception as error:  # whatever the user's code raises
-        raise BitfrontError(f"data={name} fails with {type(error).__name__}: {error}") from None
+        told = f"{type(error).__name__}: {error}"
+        raise BitfrontError(f"data={name}, called without arguments, fails with {told}") from None
     if isinstance(found, (str, Mapping)) or not isinstance(found, (Iterable, Tensor)):
         raise BitfrontError(f"data={name} gives {type(found).__name__}, and must give batches, as a DataLoader does")
     return found
 
 
 def _preprocessor(kind: str, folder: Path) -> Any:
+    if not any(place.suffix == ".model" or place.stem.startswith(STEMS) for place in folder.glob("*.*")):
+        raise BitfrontError(f"'{folder}' has no tokenizer or feature extractor; save the network's own there")
     try:
         import transformers
     except ImportError:
-        raise BitfrontError("hf: needs transformers: pip install 'bitfront[hf]'") from None
+        raise BitfrontError("hf: needs transformers: pip install transformers") from None
     try:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,10 +6,7 @@ import difflib
 import functools
 import inspect
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError, first_line
+from bitfront.theirs import MADE, imported
 
-FOLDER, MADE = "hf:", "<package.module>:<function>"
+FOLDER = "hf:"
 FORMS = f"timm.<name>, torchvision.<name>, {FOLDER}<folder>, {MADE}"
 CLASSES = ("classes", "num_classes")  # by which a user's function may take their number
 
@@ -77,6 +75,8 @@ def check(name: str, known: Sequence[str] = ()) -> None:
     elif ":" in name and not known:
         _function(name)
     elif name not in (known := known or libraries()):
+        if "." in name and name.partition(".")[0] not in ("timm", "torchvision"):
+            raise BitfrontError(f"there is no model={name}; a function of yours is {name}:<function>")
         close = [other for other in known if name in other][:5]
         close = close or difflib.get_close_matches(name, known, 5) or list(known[:20])
         raise BitfrontError(f"there is no model={name}; choices: {', '.join(close)}")
@@ -148,7 +148,7 @@ def _class_of(name: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise BitfrontError(f"model={name} needs transformers: pip install 'bitfront[hf]'") from None
+        raise BitfrontError(f"model={name} needs transformers: pip install transformers") from None
     found = getattr(transformers, str(wanted), None)
     if found is None:
         raise BitfrontError(
@@ -174,20 +174,7 @@ def _of_folder(name: str, pretrained: bool) -> nn.Module:
 
 def _function(name: str) -> Callable[..., Any]:
     """What the user has written."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:  # where an installed command does not look by itself
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(import_module(module), function)
-    except ImportError as error:
-        raise BitfrontError(
-            f"model={name}: could not import {module} ({error}); it is sought in the working directory and among "
-            f"Python's packages; model= takes {FORMS}"
-        ) from None
-    except AttributeError as error:
-        raise BitfrontError(f"model={name}: {error}") from None
-    except Exception as error:
-        raise BitfrontError(f"model={name}: {module} fails with {type(error).__name__}: {error}") from None
+    found = imported("model", name)
     if not callable(found):
         raise BitfrontError(f"model={name} is no function")
     return found

@@ -7,6 +7,7 @@ quantized tensors' layouts, the tied names, a checksum and the provenance. The f
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -24,6 +25,7 @@ from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import duplicate, parametrized, resolve
 
+REMEDY = "copy it again, or make it anew"
 VERSION = 2  # of files with groups of a row by themselves; those without are of version 1
 
 
@@ -102,13 +104,16 @@ class Artifact:
         """
         path = Path(path)
         if not path.is_file():
-            raise ArtifactError(f"there is no artifact at '{path}'; a run writes one as model.safetensors")
+            raise ArtifactError(f"there is no artifact at '{path}'; give a file that save, or a run, has written")
         try:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("bitfront", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
-            raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or rerun the cell") from None
+            with open(path, "rb") as file:
+                torchs = file.read(2) == b"PK"
+            told = "was saved by torch; load it with torch.load" if torchs else f"is damaged ({error}); {REMEDY}"
+            raise ArtifactError(f"'{path}' {told}") from None
         except MemoryError:
             raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
         if not isinstance(header, dict):
@@ -117,14 +122,14 @@ class Artifact:
             if header["version"] > VERSION:
                 raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
             if header["crc32"] != _checksum(tensors):
-                raise ArtifactError(f"'{path}' is damaged (its checksum differs); copy it again or rerun the cell")
+                raise ArtifactError(f"'{path}' is damaged (its checksum differs); {REMEDY}")
             packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
             tied, about = dict(header["tied"]), dict(header["about"])
             if not {*tied.values()} <= packed.keys() | tensors.keys():
                 raise ValueError("a tied name without its tensor")
             return cls(packed, tensors, tied, about)
         except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"'{path}' is damaged (header: {error!r}); copy it again or rerun the cell") from None
+            raise ArtifactError(f"'{path}' is damaged (header: {error!r}); {REMEDY}") from None
         except MemoryError:
             raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
 
@@ -185,9 +190,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"could not write '{path}' ({error.strerror}); make room and run the same command"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room and run the same command" if full else "give a file in a folder that can be written to"
+        raise ArtifactError(f"could not write '{path}' ({error.strerror}); {remedy}") from None
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

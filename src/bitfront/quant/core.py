@@ -6,6 +6,7 @@ method a ``PostTraining`` dataclass (``calibration.py``) whose ``solve`` returns
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.model import QuantizedModel, Quantizer, eligible
+from bitfront.quant.packed import Packed
 from bitfront.ranges import Ranges, of, refuse
 
 
@@ -85,6 +87,10 @@ class Method:
                 f"layers: no quantized tensor matches '{pattern}'; there are {', '.join(weights)}",
             )
         return weights
+
+    def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
+        """What a user should know of the stored tensors, a line each."""
+        return []
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The quantizers' own optimizer, stepped beside the network's with a constant learning rate.

@@ -18,6 +18,7 @@ that is stepped once; widths 1..15 all survive storing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -150,6 +151,15 @@ class DiffQ(Trained):
 
     def quantizer(self, w: Tensor) -> DiffQQuantizer:
         return DiffQQuantizer(w, self)
+
+    def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
+        widths = torch.cat([p.bits.float().expand(len(p.codes)).cpu() for p in packed.values()] or [torch.zeros(1)])
+        if not self.penalty or widths.mean() < self.init_bits - 0.5:
+            return []
+        return [
+            f"the widths have hardly moved from {self.init_bits} bits: a step changes them by at most lr={self.lr:g}; "
+            "train for more steps, or with a larger DiffQ(lr=...)"
+        ]
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         return torch.optim.Adam(parameters, lr=self.lr)

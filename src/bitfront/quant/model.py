@@ -101,6 +101,9 @@ class Objective(Protocol):
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The quantizers' own, or None."""
 
+    def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
+        """What a user should know of the stored tensors."""
+
 
 class QuantizedModel(nn.Module):
     """A float network seen through the quantizers of its weights.
@@ -114,13 +117,16 @@ class QuantizedModel(nn.Module):
         BitfrontError: activation checkpointing is on, which recomputes the forward with the float weights and would
             give wrong gradients without a word (where only the forward shows it, ``backward`` says so); a weight is
             computed from others (weight norm), so that not the weight itself would be quantized, or used by a
-            TorchScript; or, in the first forward, from a list and the like, and not from its module.
+            TorchScript; the network is quantized already; or, in the first forward, it uses a weight from a list and
+            the like, and not from its module.
     """
 
     def __init__(
         self, network: nn.Module, quantizers: Mapping[str, Quantizer], method: Objective | None = None
     ) -> None:
         super().__init__()
+        if any(isinstance(module, QuantizedModel) for module in network.modules()):
+            raise BitfrontError("the network is quantized already; give the float network, model.network")
         check_quantizable(network, quantizers)
         self.network, self.method = network, method
         self.names = list(quantizers)
@@ -268,9 +274,11 @@ class QuantizedModel(nn.Module):
                 return "buffers"
             if not parameters[name].is_floating_point():
                 return "complex numbers" if parameters[name].is_complex() else "whole numbers"
-            return "excluded" if parameters[name].numel() > limit else f"at most {limit:,} values (min_size)"
+            small = f"at most {limit:,} values, min_size={self.method.min_size if self.method else 0.0:g} MB"
+            return "excluded" if parameters[name].numel() > limit else small
 
-        return summary(artifact, self.log.get("layers", []), {name: reason(name) for name in artifact.raw})
+        table = summary(artifact, self.log.get("layers", []), {name: reason(name) for name in artifact.raw})
+        return "\n".join([table, *(self.method.remarks(artifact.packed) if self.method else ())])
 
     def train(self, mode: bool = True) -> QuantizedModel:
         _refuse_checkpointing(self.network)

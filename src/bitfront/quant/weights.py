@@ -33,15 +33,10 @@ def load_weights(path: Path, network: nn.Module) -> None:
         BitfrontError: the file is missing or damaged or holds more than tensors, or names or shapes differ; the network
             is left as it was.
     """
-    if not path.is_file():
-        raise ArtifactError(f"there is no file '{path}'")
-    if _pickled(path):
-        content = _unpickled(path)
-    elif _plain(path):
-        content = safetensors.torch.load_file(path)
-    else:
+    if ours(path):
         Artifact.load(path).load_into(network)
         return
+    content = _unpickled(path) if _pickled(path) else safetensors.torch.load_file(path)
     wanted = network.state_dict(keep_vars=True)
     found: tuple[dict[str, Tensor], list[str]] | None = None
     for state in _states(content):
@@ -54,10 +49,20 @@ def load_weights(path: Path, network: nn.Module) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BitfrontError(
-            f"'{path}' is not of this network: {'; '.join(problems[:5])}{more}; it must have the same layers and as "
-            "many outputs: give the model= that it was saved from"
+            f"'{path}' is not of this network: {'; '.join(problems[:5])}{more}; {_remedy(state, wanted, problems)}"
         )
     network.load_state_dict(state | {name: t for name, t in wanted.items() if name not in state})
+
+
+def ours(path: Path) -> bool:
+    """Whether a file is an artifact, or is to be told about as one.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"there is no file '{path}'")
+    return not _pickled(path) and not _plain(path)
 
 
 def _pickled(path: Path) -> bool:
@@ -104,6 +109,16 @@ def _states(content: Any, depth: int = 2) -> Iterator[dict[str, Tensor]]:
     if depth:
         for key in NESTED:
             yield from _states(content.get(key), depth - 1)
+
+
+def _remedy(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], problems: list[str]) -> str:
+    """For problems of the two."""
+    differing = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    last = next(reversed(list(wanted)), "").rpartition(".")[0]
+    if len(differing) == len(problems) and {name.rpartition(".")[0] for name in differing} == {last}:
+        outputs = len(state[differing[0]])
+        return f"all but the last layer fit: it is of {outputs} classes, so give their data, or classes={outputs}"
+    return "it must have the same layers and as many outputs: give the model= that it was saved from"
 
 
 def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
