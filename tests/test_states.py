@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +91,7 @@ class Batch:
 BATCHES: dict[str, Callable[[float], Any]] = {
     "long array": lambda v: np.where(np.arange(10_000) == 5000, v, 0.0),  # whose repr is abbreviated
     "array of objects": lambda v: np.array([None, "x", v], dtype=object),
-    "nested": lambda v: {"a": [(torch.zeros(2), np.full(3, v))]},
+    "in one another": lambda v: {"a": [(torch.zeros(2), np.full(3, v))]},
     "ordered": lambda v: OrderedDict(a=torch.full((2,), v)),
     "named": lambda v: Pair(1, torch.full((2,), v)),
     "queue": lambda v: deque([torch.full((2,), v)]),
@@ -96,6 +99,8 @@ BATCHES: dict[str, Callable[[float], Any]] = {
     "object": lambda v: Batch(np.full(3, v)),
     "sparse": lambda v: torch.full((2, 2), v).to_sparse(),
     "complex": lambda v: torch.full((2,), v, dtype=torch.complex64),
+    "nested": lambda v: torch.nested.nested_tensor([torch.full((n,), v) for n in (2, 3)]),
+    "conjugate": lambda v: torch.full((2,), v * 1j).conj(),
     "bytes": lambda v: bytes(5000) + str(v).encode(),
     "set": lambda v: {v},
 }
@@ -107,6 +112,31 @@ def test_a_fingerprint_tells_batches_apart(kind: str) -> None:
     assert one == same != other
 
 
-def test_what_tells_nothing_is_refused(tmp_path: Path) -> None:
+def test_what_is_in_a_batch_twice_counts_twice() -> None:
+    a, b = Batch(1), Batch(2)
+    assert fingerprint([a, b, a]) != fingerprint([a, b, b]) != fingerprint([a, a, b])
+    assert fingerprint([b"x", b"bytesy"]) != fingerprint([b"xbytes", b"y"])
+    endless: list[Any] = [1]
+    endless.append(endless)
+    assert fingerprint(endless) == fingerprint(endless)
+
+
+def test_another_process_and_other_random_numbers_find_the_same(tmp_path: Path) -> None:
+    code = "from bitfront.quant.states import fingerprint; print(fingerprint([{'a', 'b', 'c'}, {'x': 1}]))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1 and len(found.pop().strip()) == 16
+    data = [torch.randn(8, 16)]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        bitfront.quantize(stack(), METHOD, data, forward=lambda net, x: net(x + torch.randn_like(x)), states=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_tells_nothing_is_refused() -> None:
     with pytest.raises(BitfrontError, match="generator"):
         fingerprint([(x for x in range(3))])

@@ -520,4 +520,6 @@ def test_where_an_attention_mask_does_not_fit_that_is_said() -> None:
     assert model.log["layers"][0]["inputs"] == 14
     assert re.search(r"on padding, too.*: 1 tensors, .* bytes, .* %: expert\.weight\n?$", model.summary())
     with_decoder = {"attention_mask": mask, "decoder_input_ids": torch.zeros(8, 5, dtype=torch.long)}
-    assert bitfront.library.not_padded(with_decoder) is None  # whose steps are others
+    causal, additive = torch.ones(5, 5).tril(), torch.where(mask, 0.0, -1e9)
+    for batch in (with_decoder, {"attention_mask": causal}, {"attention_mask": additive}):
+        assert bitfront.library.not_padded(batch) is None  # whose steps are others, or that is another mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,39 @@ class Recurrent(nn.Module):
         torch.manual_seed(0)
         self.linear, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
         self.hidden, self.count, self.seen = None, 0, [0]
+        self._private, self.nested, self.queue = [], {"k": [torch.zeros(1)]}, deque([1])
+        self.register_buffer("lazy", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
         self.seen.append(len(x))
+        self._private.append(x)
+        self.nested["k"][0] += 1
+        self.nested["k"].append(x)
+        self.queue.append(x)
+        self.lazy = torch.ones(3)
+        if not hasattr(self, "later"):
+            self.register_buffer("later", torch.ones(2))
         self.hidden = x if self.hidden is None else 0.9 * self.hidden + x
         self.last = self.linear(self.hidden)
         return self.head(self.last)
 
 
 @pytest.mark.parametrize("blocks", [None, []])
-def test_every_pass_starts_from_the_state_that_the_network_is_given_in(blocks: list[str] | None) -> None:
+def test_every_pass_starts_from_the_state_that_the_network_is_given_in(
+    blocks: list[str] | None, tmp_path: Path
+) -> None:
     data = [torch.randn(8, 16) for _ in range(4)]
     network = Recurrent()
     model = bitfront.quantize(network, GPTQ(bits=2, **ALL), data, blocks=blocks)
     kept = model.network
-    assert (kept.count, kept.seen, kept.hidden) == (0, [0], None) and not hasattr(kept, "last")
+    assert (kept.count, kept.seen, kept.hidden, kept._private) == (0, [0], None, [])
+    assert kept.nested == {"k": [torch.zeros(1)]} and kept.queue == deque([1])
+    assert kept.lazy is None and not hasattr(kept, "last") and not hasattr(kept, "later")
+    model.save(tmp_path / "net")
+    bitfront.load(tmp_path / "net", into=Recurrent())
+    again = bitfront.quantize(network, GPTQ(bits=2, **ALL), data, blocks=blocks, states=tmp_path)
+    assert all(torch.equal(p.codes, again.encode()[name].codes) for name, p in model.encode().items())
     hidden, inputs = torch.zeros(8, 16), []
     for x in data:
         hidden = 0.9 * hidden + x
@@ -58,26 +75,47 @@ def test_every_pass_starts_from_the_state_that_the_network_is_given_in(blocks: l
         assert entry["loss"] == pytest.approx(wanted, rel=1e-3), entry["name"]
 
 
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = torch.arange(16.0)
+        self.register_buffer("whole", whole)
+        self.register_buffer("part", whole[:5])
+        self.register_buffer("spread", torch.ones(1).expand(4))
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part += 1
+        return self.linear(x * self.whole)
+
+
 def test_buffers_that_share_memory_still_do() -> None:
-    class Views(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            whole = torch.arange(10.0)
-            self.register_buffer("whole", whole)
-            self.register_buffer("part", whole[:5])
-            self.register_buffer("spread", torch.ones(1).expand(4))
-            self.linear = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.part += 1
-            self.whole = self.whole.clone()
-            return self.linear(x)
-
-    network = Views()
-    GPTQ(**ALL).attach(network, Calibration([torch.randn(8, 16)], lambda net, x: net(x)))
-    assert torch.equal(network.whole, torch.arange(10.0))
+    network, x = Views(), torch.randn(8, 16)
+    GPTQ(**ALL).attach(network, Calibration([x], lambda net, x: net(x)))
+    assert torch.equal(network.whole, torch.arange(16.0))
     network.whole.fill_(3)
     assert torch.equal(network.part, torch.full((5,), 3.0))
+    model = bitfront.quantize(Views(), RTN(bits=8, **ALL))
+    with torch.no_grad():
+        exact = Views()(x)
+        assert (model(x) - exact).norm() < 0.02 * exact.norm()
+
+
+def test_views_within_batches_stay_views() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.memory = torch.zeros(4, 3)
+            self.slots = [self.memory[n] for n in range(4)]
+
+    for place in (None, "cpu"):
+        cache = copied({"cache": Cache()}, place)["cache"]
+        cache.slots[2].fill_(7)
+        assert torch.equal(cache.memory[2], torch.full((3,), 7.0))
+    wide = copied(torch.arange(3.0)[None].expand(1000, 3))
+    assert wide.untyped_storage().nbytes() == 12
+    row = copied(torch.zeros(1000, 3)[5])  # of data that need not be copied with it
+    assert row.untyped_storage().nbytes() == 12
 
 
 def test_a_network_that_has_been_called_is_copied() -> None:
@@ -153,45 +191,116 @@ def test_complex_parameters_stay_as_they_are(tmp_path: Path) -> None:
         bitfront.quantize(network, RTN(**ALL))
 
 
+class Parts(nn.Module):
+    """Computes a part by modules, by functions, or by methods of modules; again in the backward, if it is told so."""
+
+    def __init__(self, kind: str, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.kind, self.reentrant = nn.Linear(16, 16), nn.Linear(16, 16), kind, reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        if self.kind == "functions":
+            return F.linear(torch.tanh(F.linear(x, self.first.weight)), self.second.weight)
+        if self.kind == "methods":
+            return self.second.forward(torch.tanh(self.first.forward(x)))
+        return self.second(torch.tanh(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", [STE(bits=2, **ALL), DiffQ(**ALL)])
-def test_recomputation_in_the_backward_is_refused(method: Any, reentrant: bool) -> None:
-    """It would see the float weights, and gradients would be wrong without a word."""
-
-    class Recomputes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.again = nn.Linear(16, 16), nn.Linear(16, 16), True
-
-        def forward(self, x: Tensor) -> Tensor:
-            run = nn.Sequential(self.first, nn.Tanh(), self.second)
-            return checkpoint(run, x, use_reentrant=reentrant) if self.again else run(x)
-
-    model = bitfront.prepare(Recomputes(), method).train()
+@pytest.mark.parametrize("kind", ["modules", "functions", "methods"])
+def test_recomputation_is_refused_within_a_model_and_right_around_it(kind: str, reentrant: bool) -> None:
+    """Within, it would see the float weights, and gradients would be wrong without a word."""
     x = torch.randn(8, 16, requires_grad=True)
-    loss = model(x).square().mean()
-    with pytest.raises(BitfrontError, match="in the backward"):
-        loss.backward()
-    model.network.again = False
-    model(x).square().mean().backward()
-    assert model.network.first.weight.grad is not None
+    with pytest.raises(BitfrontError, match="activation checkpointing"):
+        bitfront.prepare(Parts(kind, reentrant), STE(bits=2, **ALL)).train()(x)
+    gradients = []
+    for around in (False, True):
+        model = bitfront.prepare(Parts(kind, None), DiffQ(**ALL)).train()
+        torch.manual_seed(1)
+        y = checkpoint(model, x, use_reentrant=reentrant) if around else model(x)
+        y.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert gradients[0]["network.first.weight"] is not None
+    for name, g in gradients[0].items():
+        assert g is gradients[1][name] is None or torch.equal(g, gradients[1][name])
+
+
+def test_other_uses_of_hooks_on_saved_tensors_are_right() -> None:
+    model, x = bitfront.prepare(Parts("modules", None), STE(bits=2, **ALL)).train(), torch.randn(8, 16)
+    with torch.autograd.graph.save_on_cpu():
+        model(x).sum().backward()
+    with torch.autograd.graph.save_on_cpu():  # are on again
+        torch.tanh(x.requires_grad_()).sum().backward()
+
+
+class Listed(nn.Module):
+    """Reaches a weight past its module, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.kept = [self.linear.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.kept[0].shape == (16, 16) and self.kept[0].detach().norm() > 0  # a look is no use
+        return F.linear(x, self.kept[0]) if self.training else self.linear(x)
 
 
 def test_a_weight_that_is_reached_past_its_module_is_refused() -> None:
-    class Listed(nn.Module):
+    model, x = bitfront.prepare(Listed(), LSQ(**ALL)), torch.randn(8, 16)
+    model.eval()(x)  # a look at validation data comes first
+    with pytest.raises(BitfrontError, match=r"'linear\.weight' from a list"):
+        model.train()(x)
+
+
+@pytest.mark.parametrize("write", [lambda w: w.detach().mul_(0.5), lambda w: setattr(w, "data", 0.5 * w.data)])
+def test_a_forward_that_writes_to_a_weight_is_refused(write: Callable[[Tensor], Any]) -> None:
+    class Momentum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(16, 16)
-            self.kept = [self.linear.weight]
+            self.online, self.target = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            assert self.kept[0].shape == (16, 16) and self.kept[0].device == x.device  # a look is no use
-            return F.linear(x, self.kept[0]) if self.training else self.linear(x)
+            with torch.no_grad():
+                write(self.target.weight)
+            return self.online(x) - self.target(x).detach()
 
     x = torch.randn(8, 16)
-    with pytest.raises(BitfrontError, match=r"'linear\.weight' from a list"):
-        bitfront.prepare(Listed(), LSQ(**ALL))(x)
-    bitfront.prepare(Listed(), LSQ(**ALL)).eval()(x)
+    with pytest.raises(BitfrontError, match=r"writes to 'target\.weight'"):
+        bitfront.prepare(Momentum(), STE(**ALL)).train()(x)
+    bitfront.prepare(Momentum(), STE(min_size=0.0, exclude=["bias", "target.*"])).train()(x)
+
+
+def test_a_prepared_network_is_itself_again_without_the_model() -> None:
+    network = Parts("modules", True)
+    bitfront.prepare(network, LSQ(**ALL))
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    network.train()(torch.randn(8, 16, requires_grad=True)).sum().backward()
+
+
+def test_a_quantizer_may_leave_the_weight_as_it_is() -> None:
+    class Later(bitfront.Quantizer):
+        def surrogate(self, w: Tensor) -> Tensor:
+            return w
+
+    network = nn.Linear(16, 16)
+    model = bitfront.QuantizedModel(network, {"weight": Later()}).train()
+    model(torch.randn(8, 16)).sum().backward()
+    assert network.weight.grad is not None
+
+
+def test_evaluation_takes_the_same_path_each_time() -> None:
+    """Stock attention's fast path leaves zeros at padded positions, and a mode of torch functions switches it off."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    model = bitfront.prepare(encoder, STE(**ALL)).eval()
+    mask = torch.arange(5) >= torch.tensor([3, 5])[:, None]
+    with torch.no_grad():
+        first, second = (model(torch.ones(2, 5, 16), src_key_padding_mask=mask) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_scripts_are_refused_where_their_weights_are_quantized_and_left_alone_elsewhere() -> None:

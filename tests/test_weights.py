@@ -95,6 +95,19 @@ def test_two_weights_of_a_file_are_not_loaded_into_one_that_is_tied(tmp_path: Pa
         load_weights(tmp_path / "x.pth", TiedGPT())
 
 
+def test_where_only_the_number_of_classes_differs_that_is_said(tmp_path: Path) -> None:
+    def network(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, inputs), nn.Linear(inputs, outputs))
+
+    for theirs, told in (
+        (network(8, 7), "of 7 classes, so give their data, or classes=7"),
+        (network(9, 5), "must have"),
+    ):
+        torch.save(theirs.state_dict(), tmp_path / "x.pth")
+        with pytest.raises(BitfrontError, match=told):
+            load_weights(tmp_path / "x.pth", network(8, 5))
+
+
 def test_what_does_not_fit_is_said_and_nothing_loaded(tmp_path: Path) -> None:
     file, network = tmp_path / "mine.pth", ConvNet()
     state = network.state_dict()
@@ -106,7 +119,7 @@ def test_what_does_not_fit_is_said_and_nothing_loaded(tmp_path: Path) -> None:
         ({**state, "more": torch.zeros(1)}, "'more' is not in the network"),
         ({f"x.{name}": t for name, t in state.items()}, r"'layers.0.bias' is missing; .*; and 21 more"),
         ({**state, first: torch.zeros(8, 3, 3, 3, dtype=torch.int8)}, "is torch.int8, not torch.float32"),
-        ({**state, last: torch.zeros(7)}, "of 7 classes, so give their data, or classes=7"),
+        ({**state, last: torch.zeros(7)}, "must have the same layers"),
         ({"epoch": 3}, "holds no state dict"),
         ({"model": argparse.Namespace(), "state_dict": state}, "more than tensors.*net.state_dict()"),
         (network, "more than tensors"),

@@ -57,11 +57,7 @@ def quantize(
     Raises:
         BitfrontError: there are no data, a weight or an input is not finite, a layer cannot be quantized as asked.
     """
-    if not isinstance(method, PostTraining):
-        raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
-    for option in ("sft", "reestimate_bn"):
-        if getattr(method, option):
-            raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
+    _check(method)
     network = resolve(duplicate(unwrapped(network)))
     batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
     kept = None if states is None else Path(states)
@@ -134,12 +130,14 @@ def call(network: nn.Module, batch: Any) -> Any:
 
 
 def not_padded(batch: Any) -> Tensor | None:
-    """A batch's ``attention_mask``, ``[samples, time]``, if it has one with zeros; None also if a decoder with steps of
-    its own gets ``decoder_input_ids``."""
-    if not isinstance(batch, Mapping) or "decoder_input_ids" in batch:
+    """A batch's ``attention_mask`` ``[samples, time]`` of ones and zeros, if it has one; None also of a causal one, or
+    where a decoder with steps of its own gets ``decoder_input_ids``."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or "decoder_input_ids" in batch:
         return None
-    mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+    on = mask.bool()
+    causal = on.shape[0] == on.shape[1] and torch.equal(on, on.tril()) and bool(on.diagonal().all())
+    return None if causal or on.all() or not torch.equal(on.to(mask.dtype), mask) else on
 
 
 def drawn(data: Iterable[Any] | Tensor, samples: int, batch_size: int) -> list[Any]:
@@ -175,6 +173,14 @@ def unwrapped(network: nn.Module) -> nn.Module:
             network = inner
         else:
             return network
+
+
+def _check(method: Any) -> None:
+    if not isinstance(method, PostTraining):
+        raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
+    for option in ("sft", "reestimate_bn"):
+        if getattr(method, option):
+            raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from bitfront.errors import BitfrontError
 
 MADE = "<package.module>:<function>"
+FOLDER = "hf:"  # before the path of a network that transformers has saved
 
 
 def imported(option: str, name: str) -> Any:
@@ -23,6 +24,8 @@ def imported(option: str, name: str) -> Any:
         BitfrontError: the module is not there or fails, or has nothing of that name.
     """
     module, _, wanted = name.partition(":")
+    if not module or not wanted:
+        raise BitfrontError(f"{option}={name}: give {MADE}")
     if os.getcwd() not in sys.path:  # where an installed command does not look by itself
         sys.path.append(os.getcwd())
     try:
@@ -32,7 +35,7 @@ def imported(option: str, name: str) -> Any:
             f"{option}={name}: could not import {module} ({error}); it is sought in the working directory and among "
             f"Python's packages"
         ) from None
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise BitfrontError(f"{option}={name}: {module} fails with {type(error).__name__}: {error}") from None
     if not hasattr(found, wanted):
         own = [key for key, x in vars(found).items() if callable(x) and getattr(x, "__module__", "") == module]

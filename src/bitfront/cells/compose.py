@@ -35,6 +35,7 @@ from bitfront.cells.identity import FINGERPRINT, calibrated
 from bitfront.data.folders import find, fingerprint
 from bitfront.errors import BitfrontError, first_line
 from bitfront.shipped import module, shipped
+from bitfront.theirs import FOLDER
 
 CONF = shipped("conf")
 OWN = "BITFRONT_CONF"  # a folder of the user's with tasks and methods beside ours; --config-dir sets it
@@ -143,8 +144,8 @@ def fingerprinted(config: Config) -> Config:
         if str(data).startswith("<"):
             raise BitfrontError(f"task={config.task} needs data={data}")
         places = [find(str(data), values["data_root"])]
-        if network.startswith("hf:"):
-            places.append(Path(network[3:]))
+        if network.startswith(FOLDER):
+            places.append(Path(network.removeprefix(FOLDER)))
             if not places[1].is_dir():
                 raise BitfrontError(f"model={network}: there is no folder '{places[1]}'")
         values["task"][FINGERPRINT] = "-".join(fingerprint(place, values["data_root"]) for place in places)

@@ -28,6 +28,7 @@ from bitfront.quant.calibration import PostTraining
 from bitfront.quant.captured import copied
 from bitfront.quant.inputs import inside
 from bitfront.quant.model import QuantizedModel
+from bitfront.quant.undisturbed import undisturbed
 from bitfront.quant.weights import load_weights
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap
@@ -76,6 +77,7 @@ def quantized(source: Source, config: Config, chosen: Chosen) -> Iterator[str]:
             yield overlap(source.name, chosen.weights or chosen.model)
         work = _Labelled(task, method, device) if task else _Unlabelled(source, config, chosen, method)
         yield f"{chosen.model}: {work.measured(network)}"
+    with _enough_memory():
         model = work.quantized(network)
     about: dict[str, Any] = {"model": chosen.model, "quant": config.method, "setting": config.setting}
     about |= {"images": {key: config.values["task"][key] for key in READING}} if source.kind == "images" else {}
@@ -140,7 +142,7 @@ class _Unlabelled:
     def measured(self, network: nn.Module) -> str:
         if self.exact is None:
             self.exact = network
-            call(network, copied(self.measuring[0]))  # refused before the work, if it does not fit
+            _counting(network, self.measuring[0])  # refused before the work, if it does not fit
             others = len(self.measuring) if self.unseen else 0
             return f"{len(self.batches)} batches to calibrate on, {others} others to compare outputs on"
         power = error = 0.0
@@ -157,9 +159,11 @@ class _Unlabelled:
 
 
 def _counting(network: nn.Module, batch: Any) -> list[Tensor]:
-    """The numbers of the outputs that are finite, and none of padding."""
-    valid, found = not_padded(batch), floats(call(network, copied(batch)))
-    kept = [None if valid is None else inside(t, valid) for t in found]
+    """The numbers of the outputs that are finite and, where that can be told, none of padding."""
+    valid = not_padded(batch)
+    with undisturbed(network):
+        found = floats(call(network, copied(batch)))
+    kept = [None if valid is None else valid if t.shape == valid.shape else inside(t, valid) for t in found]
     counting = [(t if mask is None else t[mask]).double() for t, mask in zip(found, kept, strict=True)]
     return [t.masked_fill(t.isinf(), 0.0) for t in counting]
 
@@ -192,6 +196,7 @@ def _weighted(chosen: Chosen, task: Task | None) -> nn.Module:
     own = chosen.model.startswith(FOLDER)
     if chosen.weights == "pretrained" or (own and not chosen.weights):
         return named.build(chosen.model, chosen.classes or None, pretrained=True)
+    named.check(chosen.model)
     if not chosen.weights and ":" not in chosen.model:
         raise BitfrontError(
             f"model={chosen.model} needs weights=<file>, or weights=pretrained to download the library's"
@@ -206,13 +211,20 @@ def _weighted(chosen: Chosen, task: Task | None) -> nn.Module:
 def _fitting(source: Source, chosen: Chosen) -> Iterator[None]:
     """Whatever a network raises that is given other inputs than it takes."""
     try:
-        yield
+        with _enough_memory():
+            yield
     except BitfrontError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise BitfrontError(f"the GPU's memory is full ({first_line(error)}); lower quant.batch_size") from None
     except FAULTS as error:
         raise BitfrontError(
             f"model={chosen.model} does not run on data={source.name} ({type(error).__name__}: {first_line(error)}); "
             "give data=<package.module>:<function> with batches as its forward takes them"
         ) from None
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BitfrontError(f"the GPU's memory is full ({first_line(error)}); lower quant.batch_size") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bitfront.data import folders
 from bitfront.errors import BitfrontError
+from bitfront.theirs import FOLDER
 
 KINDS = {  # by task, the files that its reader knows; transcripts, which are texts, lie beside recordings
     "audio": (".wav", ".flac", ".ogg", ".mp3"),
@@ -16,7 +17,6 @@ KINDS = {  # by task, the files that its reader knows; transcripts, which are te
     "text": (".txt",),
 }
 TRANSCRIPTS = (".txt", ".csv", ".tsv")
-FOLDER = "hf:"
 
 
 @dataclass
@@ -55,6 +55,8 @@ def found(name: str, data_root: str, model: str, classes: int, labels: bool = Tr
     for kind, suffixes in KINDS.items():
         files = folders.files(place, suffixes) if place.is_dir() else [place]
         files = [path for path in files if path.suffix.lower() in suffixes]
+        if files and kind == "images" and place.is_file():
+            raise BitfrontError(f"data={name} is one image; give the folder of many")
         if files:
             return Source(name, kind, files, labels and _labelled(kind, place, files, model, classes))
     known = "; ".join(f"{kind}: {' '.join(suffixes)}" for kind, suffixes in KINDS.items())
@@ -63,8 +65,6 @@ def found(name: str, data_root: str, model: str, classes: int, labels: bool = Tr
 
 def _labelled(kind: str, place: Path, files: list[Path], model: str, classes: int) -> bool:
     if kind == "images":
-        if place.is_file():
-            raise BitfrontError(f"data={place} is one image; give the folder of many")
         root = folders.split_folders(place).get("train", place) if place.is_dir() else place
         below = [path.relative_to(root).parts for path in files if path.is_relative_to(root)]
         groups = {parts[0] for parts in below}

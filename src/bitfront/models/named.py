@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.theirs import MADE, imported
+from bitfront.theirs import FOLDER, MADE, imported
 
-FOLDER = "hf:"
 FORMS = f"timm.<name>, torchvision.<name>, {FOLDER}<folder>, {MADE}"
 CLASSES = ("classes", "num_classes")  # by which a user's function may take their number
 
@@ -70,6 +69,7 @@ def check(name: str, known: Sequence[str] = ()) -> None:
     Raises:
         BitfrontError: with close names, or what is missing.
     """
+    given = bool(known)
     if name.startswith(FOLDER) and not known:
         _class_of(name)
     elif ":" in name and not known:
@@ -79,7 +79,8 @@ def check(name: str, known: Sequence[str] = ()) -> None:
             raise BitfrontError(f"there is no model={name}; a function of yours is {name}:<function>")
         close = [other for other in known if name in other][:5]
         close = close or difflib.get_close_matches(name, known, 5) or list(known[:20])
-        raise BitfrontError(f"there is no model={name}; choices: {', '.join(close)}")
+        forms = "" if given else f"; it is one of {FORMS}"
+        raise BitfrontError(f"there is no model={name}; choices: {', '.join(close)}{forms}")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import textwrap
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ class Artifact:
         composed = bool(parametrized(network)) and not network.state_dict().keys() <= state.keys()
         problems = self._problems(resolve(duplicate(network)) if composed else network, state)
         if problems:
-            raise ArtifactError("the artifact belongs to another network: " + "; ".join(sorted(problems)[:5]))
+            told = "; ".join(textwrap.shorten(problem, 300) for problem in sorted(problems)[:5])
+            raise ArtifactError(f"the artifact belongs to another network: {told}")
         (resolve(network) if composed else network).load_state_dict(state)
 
     def _problems(self, network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

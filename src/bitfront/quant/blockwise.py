@@ -24,6 +24,7 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
 
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -41,7 +42,8 @@ def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     so."""
     for name, child in module.named_modules():
         for own, p in child.named_parameters(recurse=False):
-            if isinstance(child, NORMS) or ("Norm" in type(child).__name__ and p.dim() < 2):
+            named = "Norm" in type(child).__name__ and not isinstance(child, LAYERS) and p.dim() < 2
+            if named or isinstance(child, NORMS):
                 yield f"{name}.{own}" if name else own, p
 
 
@@ -151,7 +153,7 @@ class Tuning:
             return x.mean()
         x = x.movedim(-1, 1) if self.time_last and x.dim() > 2 else x
         kept = inside(x, valid)
-        return x.mean() if kept is None else x[kept].mean()
+        return x.mean() if kept is None or not kept.any() else x[kept].mean()
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""

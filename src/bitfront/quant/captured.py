@@ -52,8 +52,21 @@ class Detached(TorchFunctionMode):
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         x, memo = args
-        memo[id(x)] = memo[id(x)] if id(x) in memo else x.detach().to(self.device or x.device, copy=True)
+        if id(x) not in memo:
+            memo[id(x)] = _copy(x, self.device, memo)
         return memo[id(x)]
+
+
+def _copy(x: Tensor, device: torch.device | str | None, memo: dict[Any, Any]) -> Tensor:
+    """Of a result, too; what shares memory still does in the copies."""
+    if device is None or x.device == torch.device(device) or x.layout is not torch.strided:
+        return copy.deepcopy(x.detach(), memo).to(device or x.device)
+    memory, moved = x.untyped_storage(), memo.setdefault("moved", {})
+    if memory._cdata not in moved:
+        moved[memory._cdata] = (
+            torch.empty(0, dtype=torch.uint8, device=x.device).set_(memory).to(device).untyped_storage()
+        )
+    return x.new_empty(0, device=device).set_(moved[memory._cdata], x.storage_offset(), x.shape, x.stride())
 
 
 def copied(tree: Any, device: torch.device | str | None = None, shared: dict[int, Any] | None = None) -> Any:
@@ -76,7 +89,9 @@ def _copied(x: Any, device: torch.device | str | None, memo: dict[int, Any]) -> 
         return memo[id(x)]
     new: Any
     if isinstance(x, Tensor):
-        new = x.detach().to(device or x.device, copy=True)
+        whole = x.layout is torch.strided and not x.is_nested and x.untyped_storage().nbytes() <= x.nbytes
+        # Of a part of something large, the part alone.
+        new = _copy(x, device, memo) if whole else x.detach().to(device or x.device, copy=True)
     elif type(x) in (list, tuple):
         new = type(x)(_copied(part, device, memo) for part in x)
     elif isinstance(x, tuple) and hasattr(x, "_fields") and not hasattr(x, "to"):
@@ -88,7 +103,7 @@ def _copied(x: Any, device: torch.device | str | None, memo: dict[int, Any]) -> 
             moves = device is not None and callable(getattr(x, "to", None))  # itself, as a packed sequence
             with Detached(None if moves else device):
                 new = copy.deepcopy(x, memo)
-            new = new.to(device) if moves else new
+            new = (new.to(device) or new) if moves else new  # some move in their place
         except Exception as error:  # whatever a stranger's __deepcopy__, or pickling, raises
             raise BitfrontError(
                 f"an object of {type(x).__name__} among the inputs cannot be copied ({error}), as is needed for each "

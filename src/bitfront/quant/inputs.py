@@ -125,7 +125,7 @@ class Watch(TorchFunctionMode):
         made = list(_tensors(result)) if others else []  # nothing, if it only asked for the shape or the like
         for w in others:
             if any(x is not w for x in made):
-                self.see(self.names[id(w)], Use((), (), unseen=_name(func)))
+                self.see(self.names[id(w)], Use((), (), unseen=name_of(func)))
         return result
 
     def _seen(self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, **how: Any) -> None:
@@ -178,7 +178,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
     """Of a function of torch; ``w.T`` is the getter of a descriptor of that name."""
     owner = func.__self__ if func.__name__ == "__get__" else func
     return str(owner.__name__).strip("_")
@@ -233,7 +233,8 @@ def _unfolded(x: Tensor, geometry: Any, valid: Tensor | None) -> Iterator[tuple[
         x, kernel = x[:, :, None], (1, *kernel)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     width = (x.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    kept = None if valid is None or len(valid) != len(x) else steps(valid, time, width, x.device)
+    told = valid is not None and len(valid) == len(x) and (n == 1 or valid.dim() == 1)  # an image has no steps
+    kept = steps(valid, time, width, x.device) if valid is not None and told else None
     size = max(1, CHUNK // (x[0].numel() * math.prod(kernel)))
     for start in range(0, len(x), size):
         part = x[start : start + size]
@@ -259,7 +260,7 @@ def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor | 
 
     Args:
         x: ``[samples, time, ..., features]`` or time first; ``[samples, features]``, all of which count; where
-            ``valid`` is a mask, also ``[samples * time, features]``, and time may be any axis.
+            ``valid`` is a mask, also ``[samples * time, features]``, and time is the axis of that length, if it is one.
         valid: as in ``columns``.
         batch_axis: where the samples are, if that is known.
     """
@@ -273,13 +274,15 @@ def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor | 
     if batch_axis is None:
         return None
     others = [axis for axis in range(len(shape)) if axis != batch_axis]
-    for axis in others if valid.dim() == 2 else others[:1]:
-        kept = steps(valid, shape[axis], shape[axis], x.device)
-        if kept is not None:
-            kept = kept if batch_axis < axis else kept.T
-            sizes = [n if i in (batch_axis, axis) else 1 for i, n in enumerate(shape)]
-            return kept.reshape(sizes).expand(shape)
-    return None
+    if valid.dim() == 2:
+        others = [axis for axis in others if shape[axis] == valid.shape[1]]
+        if len(others) != 1:
+            return None
+    axis = others[0]
+    kept = steps(valid, shape[axis], shape[axis], x.device)
+    assert kept is not None
+    sizes = [n if i in (batch_axis, axis) else 1 for i, n in enumerate(shape)]
+    return (kept if batch_axis < axis else kept.T).reshape(sizes).expand(shape)
 
 
 def steps(valid: Tensor, time: int, width: int, device: torch.device) -> Tensor | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch.func import functional_call
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
-from bitfront.quant.inputs import Use, Watch
+from bitfront.quant.forwards import Uses, no_recomputation, refuse_recomputation, refuse_switch, unwritten
 from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import parametrized
@@ -70,7 +71,7 @@ class Quantizer(nn.Module):
             raise BitfrontError(f"the state is of a quantizer of other settings: {', '.join(differing)}")
 
     def sources(self, w: Tensor) -> Iterator[Tensor]:
-        """What the stored tensor depends on."""
+        """What the stored tensor depends on; what else does must be a buffer, or evaluation does not see a change."""
         yield w.new_empty(0) if self.fixed else w  # of a fixed one's, type and place
         yield from self.parameters()
         yield from self.buffers()
@@ -114,11 +115,9 @@ class QuantizedModel(nn.Module):
         method: that made them; ``penalty`` and ``optimizer`` are its.
 
     Raises:
-        BitfrontError: activation checkpointing is on, which recomputes the forward with the float weights and would
-            give wrong gradients without a word (where only the forward shows it, ``backward`` says so); a weight is
-            computed from others (weight norm), so that not the weight itself would be quantized, or used by a
-            TorchScript; the network is quantized already; or, in the first forward, it uses a weight from a list and
-            the like, and not from its module.
+        BitfrontError: a weight is computed from others (weight norm), so that not the weight itself would be quantized,
+            or used by a TorchScript; the network is quantized already; and, here or in the first forward that trains,
+            what ``forwards`` refuses: activation checkpointing, and weights that are used past their modules.
     """
 
     def __init__(
@@ -136,30 +135,29 @@ class QuantizedModel(nn.Module):
         self.log: dict[str, Any] = {}  # how a post-training method fared, for the record
         self._cached: dict[str, Tensor] = {}
         self._cached_of: list[Tensor] = []
-        apart = {id(w) for w in self._apart().values()}
-        for module in network.modules():
-            if any(id(p) in apart for p in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(_refuse_recomputation)
-        self._unwatched = bool(apart)
+        self._watched = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.weights()
-        if not self._unwatched or torch.compiler.is_compiling():
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return functional_call(self.network, weights, args, kwargs)
-        with Watch(self._apart(), _refuse_use):
+        apart = {} if self._watched else self._apart(weights)
+        with no_recomputation(), Uses(apart) if apart else nullcontext(), unwritten(weights):
             output = functional_call(self.network, weights, args, kwargs)
-        self._unwatched = False
+        if apart:
+            refuse_recomputation(output)
+        self._watched = True
         return output
+
+    def _apart(self, weights: Mapping[str, Tensor]) -> dict[int, str]:
+        """Names of the float weights, by ``id``, that are others than the network is to see."""
+        return {id(w): name for name, quantizer, w in self.items() if not quantizer.fixed and weights[name] is not w}
 
     def items(self) -> Iterator[tuple[str, Quantizer, nn.Parameter]]:
         """Name, quantizer and float weight of every quantized tensor."""
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
             assert isinstance(quantizer, Quantizer)
             yield name, quantizer, self.network.get_parameter(name)
-
-    def _apart(self) -> dict[str, nn.Parameter]:
-        """The float weights that are others than the network is to see."""
-        return {name: w for name, quantizer, w in self.items() if not quantizer.fixed}
 
     def weights(self) -> dict[str, Tensor]:
         """What the network sees, by name. In evaluation mode computed once, as long as the float weights and the
@@ -281,14 +279,14 @@ class QuantizedModel(nn.Module):
         return "\n".join([table, *(self.method.remarks(artifact.packed) if self.method else ())])
 
     def train(self, mode: bool = True) -> QuantizedModel:
-        _refuse_checkpointing(self.network)
+        refuse_switch(self.network)
         return super().train(mode)
 
 
 def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
     """Refuse activation checkpointing, and weights that are computed from others or by a script, as ``QuantizedModel``
     says."""
-    _refuse_checkpointing(network)
+    refuse_switch(network)
     computed = parametrized(network)
     for name in names:
         owner = name.rpartition(".")[0].partition(".parametrizations")[0]
@@ -315,31 +313,6 @@ def check_finite(network: nn.Module) -> None:
         values = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
         if p.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             raise BitfrontError(f"'{name}' holds NaN or infinity; train again with a lower learning rate (train.lr)")
-
-
-def _refuse_use(name: str, use: Use) -> None:
-    raise BitfrontError(
-        f"the network uses '{name}' from a list or another reference than its module's, where it would stay float; "
-        f"let the forward take it from the module"
-    )
-
-
-def _refuse_recomputation(module: nn.Module, args: Any) -> None:
-    """A hook before a module's forward."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # within a backward
-        raise BitfrontError(
-            f"{type(module).__name__} is computed again in the backward (activation checkpointing), with unquantized "
-            "weights, which gives wrong gradients; switch it off"
-        )
-
-
-def _refuse_checkpointing(network: nn.Module) -> None:
-    for module in network.modules():
-        if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
-            raise BitfrontError(
-                f"{type(module).__name__} has activation checkpointing switched on, which recomputes with unquantized "
-                "weights and gives wrong gradients; switch it off"
-            )
 
 
 def eligible(network: nn.Module, min_size: float = 0.01, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:

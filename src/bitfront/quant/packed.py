@@ -239,7 +239,7 @@ class Packed:
         lo, span = (torch.from_numpy(take(at.scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
         if rest.size:
             raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
-        if not torch.isfinite(lo).all() or not torch.isfinite(span).all():
+        if not torch.isfinite(lo.float() + span.float()).all():  # which neither may make infinite, nor both
             raise ArtifactError("an entry has scales that are not finite; the file is damaged")
         codes_tensor = torch.from_numpy(codes if at.highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if at.lowest == at.highest else bits)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.captured import Detached
 
 N = TypeVar("N", bound=nn.Module)
@@ -64,8 +65,15 @@ def resolve(network: N) -> N:
 
 def duplicate(network: N) -> N:
     """A deep copy, also of a network that has been called: what modules keep of a forward need not be leaves."""
-    with Detached():
-        return copy.deepcopy(network)
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        raise BitfrontError("the network has lazy modules without their weights yet; call it on a batch first")
+    try:
+        with Detached():
+            return copy.deepcopy(network)
+    except Exception as error:  # whatever a stranger's __deepcopy__, or pickling, raises
+        raise BitfrontError(
+            f"the network cannot be copied ({first_line(error)}); take locks, open files and the like out of it"
+        ) from error
 
 
 def _own_class(module: nn.Module) -> None:

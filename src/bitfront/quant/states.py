@@ -14,15 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.artifact import write_atomically
+from bitfront.quant.blockwise import floats
 from bitfront.quant.core import Method
 from bitfront.quant.plan import Calibration
+from bitfront.quant.undisturbed import undisturbed
 
 PLAIN = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 NAMED = (type, FunctionType, BuiltinFunctionType)
+
+
+def _told(x: Tensor) -> tuple[Any, ...]:
+    """What an output is, but for its last digits, which depend on the number of threads: power, and a projection."""
+    x = x.detach().double().cpu().flatten()
+    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    norm = x.norm().item()
+    return f"{norm:.4g}", f"{(x @ signs.double()).item() / (norm or 1.0):.3f}"
 
 
 class States:
@@ -41,7 +50,9 @@ class States:
     def __init__(self, folder: Path, network: nn.Module, method: Method, data: Calibration) -> None:
         valid = [data.valid(batch) for batch in data.batches]
         # What a forward does is code, in which no fingerprint sees a change; its result tells.
-        result = [t for t in tree_leaves(data.forward(network, data.batches[0])) if isinstance(t, Tensor)]
+        with undisturbed(network), torch.random.fork_rng():
+            torch.manual_seed(0)
+            result = [_told(t) for t in floats(data.forward(network, data.batches[0]))]
         self.folder = folder / fingerprint(
             network.state_dict(), result, method, data.batches, valid, data.blocks, data.seed
         )
@@ -91,36 +102,47 @@ def fingerprint(*parts: Any) -> str:
         BitfrontError: an object keeps to itself what it is made of.
     """
     digest = hashlib.blake2b(digest_size=8)
-    entered: dict[int, Any] = {}  # objects, which may refer to each other
+    entered: dict[int, tuple[int, Any]] = {}  # number and object, as they may refer to each other
 
     def enter(x: Any) -> None:
         digest.update(type(x).__qualname__.encode())
-        if isinstance(x, Tensor) and x.layout is torch.strided:
+        if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested:
             digest.update(f"{x.dtype} {list(x.shape)}".encode())
-            content: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest.update(content)
+            content: Any = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            digest.update(content.view(torch.uint8).numpy())
         elif isinstance(x, (bytes, bytearray)):
-            digest.update(x)
-        elif isinstance(x, dict):
-            enter([part for item in x.items() for part in item])
-        elif isinstance(x, (list, tuple)):
+            digest.update(str(len(x)).encode() + b" " + x)
+        elif isinstance(x, tuple):  # equal ones may be one, or not
             digest.update(str(len(x)).encode())
-            for value in x:
-                enter(value)
+            for part in x:
+                enter(part)
         elif x is None or isinstance(x, PLAIN):
             digest.update(repr(x).encode())
         elif isinstance(x, NAMED):
             digest.update(f"{x.__module__}.{x.__qualname__}".encode())
-        elif id(x) not in entered:
-            entered[id(x)] = x
-            enter(_made_of(x))
+        elif id(x) in entered:
+            digest.update(str(entered[id(x)][0]).encode())
+        else:
+            entered[id(x)] = len(entered), x
+            parts = _made_of(x)
+            digest.update(str(len(parts)).encode())
+            for part in parts:
+                enter(part)
 
     enter(parts)
     return digest.hexdigest()
 
 
 def _made_of(x: Any) -> list[Any]:
-    """What an object would be rebuilt of by pickle: a class and its arguments, a state, items."""
+    """What is in a container; of others, what pickle would rebuild them of: a class, arguments, a state, items."""
+    if isinstance(x, list):
+        return list(x)
+    if isinstance(x, Tensor) and x.is_nested:
+        return list(x.unbind())
+    if isinstance(x, dict):
+        return [part for item in x.items() for part in item]
+    if isinstance(x, (set, frozenset)):  # in whose order no two processes agree
+        return sorted(fingerprint(part) for part in x)
     try:
         made = x.__reduce_ex__(4)  # of 5, arrays give buffers out of band
     except Exception as error:  # whatever a stranger's class raises

@@ -49,7 +49,7 @@ def load_weights(path: Path, network: nn.Module) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BitfrontError(
-            f"'{path}' is not of this network: {'; '.join(problems[:5])}{more}; {_remedy(state, wanted, problems)}"
+            f"'{path}' is not of this network: {'; '.join(problems[:5])}{more}; {_remedy(state, network, problems)}"
         )
     network.load_state_dict(state | {name: t for name, t in wanted.items() if name not in state})
 
@@ -111,13 +111,17 @@ def _states(content: Any, depth: int = 2) -> Iterator[dict[str, Tensor]]:
             yield from _states(content.get(key), depth - 1)
 
 
-def _remedy(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], problems: list[str]) -> str:
+def _remedy(state: Mapping[str, Tensor], network: nn.Module, problems: list[str]) -> str:
     """For problems of the two."""
+    wanted = network.state_dict()
     differing = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
-    last = next(reversed(list(wanted)), "").rpartition(".")[0]
-    if len(differing) == len(problems) and {name.rpartition(".")[0] for name in differing} == {last}:
-        outputs = len(state[differing[0]])
-        return f"all but the last layer fit: it is of {outputs} classes, so give their data, or classes={outputs}"
+    owners = {name.rpartition(".")[0] for name in differing}
+    outputs = {len(state[name]) for name in differing if state[name].dim()}
+    alike = all(state[name].shape[1:] == wanted[name].shape[1:] for name in differing)
+    one = alike and len(owners) == len(outputs) == 1 and len(differing) == len(problems)
+    if one and isinstance(network.get_submodule(*owners), nn.Linear):
+        (n,) = outputs
+        return f"all but one layer fit: it is of {n} classes, so give their data, or classes={n}"
     return "it must have the same layers and as many outputs: give the model= that it was saved from"
 
 
