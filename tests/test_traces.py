@@ -275,6 +275,12 @@ def test_a_forward_that_writes_to_a_weight_is_refused(write: Callable[[Tensor], 
     bitfront.prepare(Momentum(), STE(min_size=0.0, exclude=["bias", "target.*"])).train()(x)
 
 
+def test_transforms_of_functions_go_through_a_prepared_model() -> None:
+    model = bitfront.prepare(nn.Linear(16, 3), STE(bits=2, **ALL)).train()
+    found = torch.func.vmap(torch.func.jacrev(model))(torch.randn(5, 16))
+    assert torch.equal(found, model.encode()["weight"].decode().expand(5, 3, 16))
+
+
 def test_a_prepared_network_is_itself_again_without_the_model() -> None:
     network = Parts("modules", True)
     bitfront.prepare(network, LSQ(**ALL))

@@ -76,13 +76,20 @@ def unwritten(weights: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         BitfrontError: it has.
     """
-    before = {name: (w.data_ptr(), w._version) for name, w in weights.items()}
+    before = {name: _place(w) for name, w in weights.items()}
     yield
     for name, w in weights.items():
-        if (w.data_ptr(), w._version) != before[name]:
+        if _place(w) != before[name]:
             raise BitfrontError(
                 f"the network writes to '{name}' in its forward, which would be lost; write between steps or exclude it"
             )
+
+
+def _place(w: Tensor) -> tuple[int, int] | None:
+    try:
+        return w.data_ptr(), w._version
+    except RuntimeError:  # within a transform of torch.func, which has no memory of its own
+        return None
 
 
 def refuse_recomputation(output: Any) -> None:

@@ -142,7 +142,7 @@ class QuantizedModel(nn.Module):
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return functional_call(self.network, weights, args, kwargs)
         apart = {} if self._watched else self._apart(weights)
-        with no_recomputation(), Uses(apart) if apart else nullcontext(), unwritten(weights):
+        with no_recomputation(), Uses(apart) if apart else nullcontext(), unwritten(weights if apart else {}):
             output = functional_call(self.network, weights, args, kwargs)
         if apart:
             refuse_recomputation(output)
