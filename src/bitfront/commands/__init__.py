@@ -15,7 +15,7 @@ from bitfront.errors import BitfrontError
 from bitfront.processes import rank
 
 FLAG = "--config-dir"
-COMMANDS = ("run", "quantize", "evaluate", "report", "dashboard", "fetch")
+COMMANDS = ("run", "quantize", "evaluate", "export", "report", "dashboard", "fetch")
 
 
 def start(name: str, words: Sequence[str] | None = None) -> None:

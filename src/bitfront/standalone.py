@@ -1,0 +1,96 @@
+"""Reads a packed file of Bitfront without Bitfront, by numpy and torch alone; free to copy into any program.
+
+    from standalone import load
+    network.load_state_dict(load("net.safetensors"))        # the same weights, bit for bit
+
+A file is safetensors: 8 bytes with the length of a JSON header, the header, the tensors. What is quantized is an entry
+of bytes: widths of the groups, codes (bit planes, group widths from the smallest), lo, span; and means
+
+    w = lo + span * code / (2**bits - 1)
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def load(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of the float network, in the types that it was stored from; quantized weights are float32."""
+    with open(path, "rb") as file:
+        data = file.read()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    header = json.loads(entries.pop("__metadata__")["bitfront"])
+    if header["version"] > 2:
+        raise ValueError(f"format {header['version']} is newer than this program")
+    state, checksum = {}, 0
+    for name in sorted(entries):
+        begin, end = entries[name]["data_offsets"]
+        content = np.frombuffer(data, np.uint8, end - begin, start + begin)
+        checksum = zlib.crc32(content.tobytes(), zlib.crc32(name.encode(), checksum))
+        if name in header["quantized"]:
+            state[name] = _decoded(content, header["quantized"][name])
+        else:
+            kind, shape = TYPES[entries[name]["dtype"]], entries[name]["shape"]
+            state[name] = torch.from_numpy(content.copy()).view(kind).reshape(shape)
+    if checksum != header["crc32"]:
+        raise ValueError(f"'{path}' is damaged")
+    return state | {alias: state[name] for alias, name in header["tied"].items()}
+
+
+def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
+    size, rows, (lowest, highest) = layout["group_size"], layout.get("rows", 0), layout["bits"]
+    numel = int(np.prod(layout["shape"], dtype=np.int64))
+    columns = numel // max(rows, 1)  # that are cut into groups together; the last one may be longer than they are
+    groups = max(rows, 1) * -(-columns // size)
+    at = 0
+
+    def take(n: int) -> np.ndarray:
+        nonlocal at
+        at += n
+        return data[at - n : at]
+
+    def codes(n: int, width: int) -> np.ndarray:  # plane i has bit i of each code
+        length = -(-n // 8)
+        planes = np.unpackbits(take(width * length).reshape(width, length), axis=1, count=n, bitorder="little")
+        return (planes.astype(np.int32) << np.arange(width)[:, None]).sum(0, dtype=np.int32)
+
+    bits = codes(groups, (highest - lowest).bit_length()) + lowest
+    stored = np.ones((groups, size), bool)
+    if rows:  # whose padding is not stored
+        row = np.arange(-(-columns // size) * size) < columns
+        stored = np.tile(row.reshape(-1, size), (rows, 1))
+    found = np.zeros((groups, size), np.int32)
+    for width in np.unique(bits):
+        here = np.flatnonzero(bits == width)
+        part = np.zeros((len(here), size), np.int32)
+        part[stored[here]] = codes(int(stored[here].sum()), int(width))
+        found[here] = part
+    kind = getattr(torch, layout["dtype"])
+    lo, span = (torch.from_numpy(take(layout["scales"] * kind.itemsize).copy()).view(kind).float() for _ in range(2))
+    lo, span = (x.repeat_interleave(groups // layout["scales"])[:, None] for x in (lo, span))
+    step = span / ((1 << torch.from_numpy(bits).int()) - 1)[:, None]
+    values = torch.from_numpy(found).float() * step + lo
+    if rows:
+        values = values.reshape(rows, -1)[:, :columns]
+    return values.reshape(-1)[:numel].reshape(layout["shape"])
