@@ -55,7 +55,9 @@ def other(value: Any) -> Any:
 
 @pytest.mark.parametrize("method", compose.options("quant"))
 def test_every_option_counts_or_is_named_as_a_place(method: str) -> None:
-    config = compose.load([f"quant={method}", *(["quant.sft=true"] if method in ("rtn", "gptq", "decoupleq") else [])])
+    more = {"rtn": "quant.sft=true", "lsq": "max_size=0.5", "ste": "max_size=0.5"}
+    more |= dict.fromkeys(("gptq", "decoupleq"), more["rtn"])
+    config = compose.load([f"quant={method}", *([more[method]] if method in more else [])])
     knobs = {knob for group, name in (("task", "vit"), ("quant", method)) for knob, _ in compose.knobs(group, name)}
     base = identity.identity("vit", method, config.values, None)
     counted = set()
@@ -68,8 +70,8 @@ def test_every_option_counts_or_is_named_as_a_place(method: str) -> None:
         node[last] = {"x": {"bits": 2}} if last == "layers" else other(value)
         if identity.identity("vit", method, changed, None) != base:
             counted.add(key)
-    # A knob is told again by the key that it sets.
-    assert leaves(config.values).keys() - counted == ELSEWHERE | BY_CONTENT | knobs
+    # A knob, and a size, is told again by the key that it sets.
+    assert leaves(config.values).keys() - counted == ELSEWHERE | BY_CONTENT | knobs | {"max_size"}
 
 
 def run(root: Path, *words: str) -> Record:

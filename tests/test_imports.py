@@ -29,6 +29,7 @@ MAY = {  # what each floor may import, besides itself
     "run": {"commands"},
     "__main__": {"commands", *BASE},
     "library": {"quant", "errors"},
+    "standalone": set(),
     "": {"library", "quant", "errors"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -262,6 +263,18 @@ def test_one_tensor_of_samples_is_cut_into_batches(quantize: Run) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "5 batches to calibrate on, 2 others" in done.stdout
+
+
+@pytest.mark.parametrize("quant", ["rtn", "gptq", "decoupleq"])
+def test_a_size_is_kept_by_the_file(quantize: Run, quant: str) -> None:
+    done = quantize.photos(f"quant={quant}", "max_size=0.3")
+    assert done.returncode == 0, done.stderr
+    assert 0.97 * 0.3 * 2**20 <= quantize.out.stat().st_size <= 0.3 * 2**20
+    reader = quantize.out.parent / "reader.py"
+    assert cli("export", f"artifact={quantize.out}", "format=torch", f"out={reader}").returncode == 0
+    network, x = convnet(), torch.randn(3, 3, 32, 32)
+    network.load_state_dict(runpy.run_path(str(reader))["load"](quantize.out))
+    assert torch.equal(outputs(network, x), outputs(bitfront.load(quantize.out, into=convnet()), x))
 
 
 def test_a_folder_is_no_place_for_a_file(quantize: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,11 @@ from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.calibration import PostTraining
 from bitfront.quant.captured import copied
-from bitfront.quant.core import Method
+from bitfront.quant.core import Method, Sampled
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.parametrized import duplicate, resolve
 from bitfront.quant.plan import Calibration
+from bitfront.quant.sized import sized
 from bitfront.quant.undisturbed import undisturbed
 
 N = TypeVar("N", bound=nn.Module)
@@ -34,6 +36,8 @@ def quantize(
     blocks: list[str] | None = None,
     states: Path | str | None = None,
     seed: int = 0,
+    max_size: float = 0.0,
+    about: Mapping[str, Any] | None = None,
 ) -> QuantizedModel:
     """Quantize a trained network after training. It stays as it is; the result is a copy, which has its hooks.
 
@@ -50,6 +54,8 @@ def quantize(
         blocks: names of the modules to work on one after the other; None finds them, [] takes the network as one.
         states: folder where finished blocks are kept, so that the same call goes on after an interruption.
         seed: of the order of the data where blocks are tuned.
+        max_size: MiB that the file may have; ``sized`` chooses a width for each tensor then.
+        about: what ``save`` will be told, which counts.
 
     Returns:
         The quantized model in evaluation mode, which is called as the network is.
@@ -59,15 +65,24 @@ def quantize(
     """
     _check(method)
     network = resolve(duplicate(unwrapped(network)))
+    method = replace(method, max_size=max_size or method.max_size)
     batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
     kept = None if states is None else Path(states)
     calibration = Calibration(batches, forward or call, blocks, valid or not_padded, kept, seed)
     if batches:
         _try(network, calibration)
+    method = sized(method, network, calibration, about) if method.max_size else method
     return method.attach(network, calibration if batches else None).eval()
 
 
-def prepare(network: nn.Module, method: Method) -> QuantizedModel:
+def prepare(
+    network: nn.Module,
+    method: Method,
+    data: Iterable[Any] | Tensor | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    max_size: float = 0.0,
+) -> QuantizedModel:
     """Wrap a network to be trained quantized, in any loop: call the result in its place, add ``penalty()`` to the loss,
     step ``optimizer(...)``.
 
@@ -75,6 +90,8 @@ def prepare(network: nn.Module, method: Method) -> QuantizedModel:
         network: any module; trained in place. Wrappers (``DataParallel``, ``torch.compile``) are taken off: wrap the
             result. Weights that it computes from others (weight norm) are resolved.
         method: ``DiffQ``, ``LSQ``, ``STE``, ``Float`` or one of your own.
+        data, forward: as in ``quantize``; only ``max_size`` looks at them, at ``method.samples``.
+        max_size: MiB that the file may have; ``sized`` chooses a width for each tensor then.
 
     Raises:
         BitfrontError: a layer cannot be quantized as asked.
@@ -83,7 +100,14 @@ def prepare(network: nn.Module, method: Method) -> QuantizedModel:
         raise BitfrontError(
             f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
         )
-    return method.attach(resolve(unwrapped(network)))
+    network = resolve(unwrapped(network))
+    if max_size := max_size or method.max_size:
+        batches = (
+            drawn(data, method.samples, method.batch_size) if data is not None and isinstance(method, Sampled) else []
+        )
+        tried = Calibration(batches, forward or call, None, not_padded)
+        method = sized(replace(method, max_size=max_size), network, tried)
+    return method.attach(network)
 
 
 def load(path: Path | str, into: N) -> N:

@@ -43,7 +43,7 @@ CELL = ("task", "quant")  # the groups that make a cell
 SWEEP = ("cluster", "sweeper")  # those that say how many cells are run
 GROUPS = (*CELL, *SWEEP)
 BLOCKS = ("finetune", "tensors", "calibration", "methods", "tiny")  # of a task, which no word of a command line sets
-SHOWN = ("task.", "train.", "quant.", "init_from", "trainer.")  # in the setting, if they differ
+SHOWN = ("task.", "train.", "quant.", "init_from", "max_size", "trainer.")  # in the setting, if they differ
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictC
     usual = _usual(task, method, bool(found.smoke), *searchpath())
     of_method, of_task = knobs("quant", method), {knob for knob, _ in knobs("task", task)}
     told = [f"{knob}={found[knob]}" for n, (knob, value) in enumerate(of_method) if n == 0 or found[knob] != value]
+    told = [word for word in told if not (found.max_size and word.startswith("bits="))]  # which it chooses
     for key, o in typed.items():
         shown = key in of_task or (key.startswith(SHOWN) and key != "trainer.accelerator")
         if shown and OmegaConf.select(usual, key) != OmegaConf.select(found, key):

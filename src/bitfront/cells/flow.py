@@ -31,9 +31,10 @@ from bitfront.processes import processes, rank
 from bitfront.progress import phase
 from bitfront.quant.artifact import Artifact, float_bytes
 from bitfront.quant.calibration import PostTraining
-from bitfront.quant.core import Float, Method
+from bitfront.quant.core import FixedBits, Float, Method, Sampled
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.plan import Calibration
+from bitfront.quant.sized import sized
 from bitfront.quant.weights import load_weights, ours
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap, say
@@ -214,15 +215,18 @@ def _attached(
         raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
     if config.values["smoke"]:
         method = method.fitting(network)
-    if not isinstance(method, PostTraining):
-        return method.attach(network)
     try:
+        if method.max_size and isinstance(method, FixedBits):
+            data = _calibration(task, method, network, device, run)
+            method = sized(method, network.to(device), data, about(config))
+        if not isinstance(method, PostTraining):
+            return method.attach(network)
         return method.attach(network.to(device), _calibration(task, method, network, device, run))
     except torch.OutOfMemoryError as error:
         raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
 
 
-def _calibration(task: Task, method: PostTraining, network: nn.Module, device: torch.device, run: Run) -> Calibration:
+def _calibration(task: Task, method: Sampled, network: nn.Module, device: torch.device, run: Run) -> Calibration:
     return Calibration(
         batches=task.calibration(method.samples, method.batch_size),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),

@@ -32,8 +32,10 @@ BORN: dict[str, Any] = {
     "trainer.accumulate_grad_batches": 1,
     "quant.reestimate_bn": False,
     "quant.layers": None,
+    "quant.max_size": 0.0,
 }
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on
+TRIED = ("samples", "batch_size")  # of what trains: data that widths are tried on
 FINGERPRINT = "fingerprint"  # of the user's own data, of the tasks that have it
 PLACES = ("accelerator",)  # of the trainer: where a cell runs
 
@@ -58,6 +60,8 @@ def identity(task: str, method: str, config: Mapping[str, Any], init: str | None
     elif config["quant"].get("reestimate_bn"):
         kept["train"] = {key: config["train"][key] for key in BATCHES}
     kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in PLACES}
+    if not calibrated(config) and not config["quant"].get("max_size"):  # which alone looks at them
+        kept["quant"] = {key: value for key, value in config["quant"].items() if key not in TRIED}
     if config["quant"].get("layers"):  # where patterns overlap, their order counts
         kept["quant"] = kept["quant"] | {"layers": list(config["quant"]["layers"].items())}
     told: dict[str, Any] = {

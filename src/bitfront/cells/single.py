@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +69,8 @@ def quantized(source: Source, config: Config, chosen: Chosen) -> Iterator[str]:
     assert isinstance(method, PostTraining)
     task = build_task(config) if source.labelled else None
     torch.manual_seed(config.values["seed"])
+    about: dict[str, Any] = {"model": chosen.model, "quant": config.method, "setting": config.setting}
+    about |= {"images": {key: config.values["task"][key] for key in READING}} if source.kind == "images" else {}
     network = _weighted(chosen, task).to(device).eval()
     with _fitting(source, chosen):
         if source.kind == "images" and source.files:
@@ -78,9 +80,7 @@ def quantized(source: Source, config: Config, chosen: Chosen) -> Iterator[str]:
         work = _Labelled(task, method, device) if task else _Unlabelled(source, config, chosen, method)
         yield f"{chosen.model}: {work.measured(network)}"
     with _enough_memory():
-        model = work.quantized(network)
-    about: dict[str, Any] = {"model": chosen.model, "quant": config.method, "setting": config.setting}
-    about |= {"images": {key: config.values["task"][key] for key in READING}} if source.kind == "images" else {}
+        model = work.quantized(network, about)
     size = model.save(chosen.out, about)
     again = load(chosen.out, into=_built(chosen, task)).to(device).eval()
     yield model.summary(about)
@@ -108,7 +108,7 @@ class _Labelled:
         told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         return f"{told}, on {len(self.task.loader('test').dataset):,} samples for testing"  # type: ignore[arg-type]
 
-    def quantized(self, network: nn.Module) -> QuantizedModel:
+    def quantized(self, network: nn.Module, about: Mapping[str, Any]) -> QuantizedModel:
         if self.method.reestimate_bn and not batch_norms(network):
             raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
         model = quantize(
@@ -119,6 +119,7 @@ class _Labelled:
             valid=self.task.valid,
             blocks=self.task.blocks(network),
             seed=self.task.seed,
+            about=about,
         )
         if self.method.reestimate_bn:
             reestimate(model, self.task, self.device)
@@ -154,8 +155,8 @@ class _Unlabelled:
         on = "batches that it was not calibrated on" if self.unseen else "the batches that it was calibrated on"
         return f"the outputs' power of error is {100 * error / (power or 1.0):.3g} % of their power, on {on}"
 
-    def quantized(self, network: nn.Module) -> QuantizedModel:
-        return quantize(network, self.method, self.batches)
+    def quantized(self, network: nn.Module, about: Mapping[str, Any]) -> QuantizedModel:
+        return quantize(network, self.method, self.batches, about=about)
 
 
 def _counting(network: nn.Module, batch: Any) -> list[Tensor]:

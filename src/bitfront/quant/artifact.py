@@ -86,13 +86,21 @@ class Artifact:
         }
         return safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
 
-    def save(self, path: Path) -> int:
+    def save(self, path: Path, limit: int = 0) -> int:
         """Write the file atomically; return its size in bytes.
 
+        Args:
+            path: of the file.
+            limit: bytes that it may have; 0 for any.
+
         Raises:
-            ArtifactError: the disk is full or the place is not writable; nothing is left behind.
+            ArtifactError: it is larger, the disk is full or the place is not writable; nothing is left behind.
         """
         data = self.to_bytes()
+        if limit and len(data) > limit:
+            raise ArtifactError(
+                f"'{path}' would have {len(data):,} bytes, and max_size allows {limit:,}; say less about it"
+            )
         write_atomically(path, data)
         return len(data)
 
@@ -134,6 +142,11 @@ class Artifact:
         except MemoryError:
             raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
 
+    def state(self) -> dict[str, Tensor]:
+        """The state dict of the float network; quantized weights are float32."""
+        state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
+        return state | {alias: state[name] for alias, name in self.tied.items()}
+
     def load_into(self, network: nn.Module) -> None:
         """Write every tensor into a float network of the same architecture; exactly the same names.
 
@@ -142,8 +155,7 @@ class Artifact:
         Raises:
             ArtifactError: names, shapes or types differ; the network is left as it was.
         """
-        state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
-        state |= {alias: state[name] for alias, name in self.tied.items()}
+        state = self.state()
         composed = bool(parametrized(network)) and not network.state_dict().keys() <= state.keys()
         problems = self._problems(resolve(duplicate(network)) if composed else network, state)
         if problems:

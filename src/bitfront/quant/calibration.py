@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuning, floats, norm_parameters
 from bitfront.quant.captured import Captured, copied
-from bitfront.quant.core import Method, check
+from bitfront.quant.core import Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
@@ -37,12 +37,10 @@ from bitfront.ranges import Ranges
 
 
 @dataclass(kw_only=True)
-class PostTraining(Method):
+class PostTraining(Sampled):
     """A method that quantizes a trained network.
 
     Attributes:
-        samples: of the training data, to calibrate on.
-        batch_size: of the calibration and of the block-wise stage.
         J: most epochs of the block-wise stage (the paper's J), 0 for none.
         target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
             errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
@@ -55,8 +53,6 @@ class PostTraining(Method):
             are learned as they are.
     """
 
-    samples: int = 1024
-    batch_size: int = 32
     J: int = 0
     target: str = "network"
     held_out: float = 0.125
@@ -66,8 +62,6 @@ class PostTraining(Method):
     sft_relative: bool = True
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
-        "samples": "1..",
-        "batch_size": "1..",
         "J": "0..",
         "target": ("network", "block"),
         "held_out": "[0, 1)",
@@ -76,9 +70,14 @@ class PostTraining(Method):
     }
 
     @property
-    def needs_data(self) -> bool:
-        """Whether it calibrates on anything."""
+    def calibrates(self) -> bool:
+        """Whether it goes through the network's blocks."""
         return self.sees_inputs or self.J > 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at any."""
+        return self.calibrates or self.max_size > 0
 
     @property
     def keeps_zero(self) -> bool:
@@ -139,7 +138,7 @@ def calibrate(
     weights = method.eligible(network)
     log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     found: dict[str, Packed] = {}
-    if data is None or not method.needs_data:
+    if data is None or not method.calibrates:
         for name, w in weights.items():
             found[name], entry = solve(method, name, w, None)
             log["layers"].append(entry | {"block": ""})

@@ -28,6 +28,7 @@ class Method:
         min_size, exclude: as in ``eligible``.
         layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
             match, what comes later overrides.
+        max_size: MiB that the file may have, 0 for any; widths are chosen for it.
         reestimate_bn: measure the statistics of batch norms anew in the end, with the quantized weights.
         penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         per_layer: what ``layers`` can set.
@@ -36,10 +37,15 @@ class Method:
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] | None = None
+    max_size: float = 0.0
     reestimate_bn: bool = False
     penalty: float = field(default=0.0, init=False)
     per_layer: ClassVar[tuple[str, ...]] = ()
-    ranges: ClassVar[Ranges] = {"min_size": "[0, inf)", "penalty": "[0, inf)"}  # subclasses have those that they add
+    ranges: ClassVar[Ranges] = {
+        "min_size": "[0, inf)",
+        "max_size": "[0, inf)",
+        "penalty": "[0, inf)",
+    }  # subclasses have those that they add
 
     def __post_init__(self) -> None:
         refuse(vars(self), of(type(self)))
@@ -52,11 +58,16 @@ class Method:
                 check(fits, f"layers: {key} is of type {usual.__name__}, got '{value}' ('{pattern}')")
             replace(self, layers=None, **settings)  # refuses what is out of range
 
-    def of(self, name: str) -> Self:
-        """This method with the settings that ``layers`` gives for a tensor."""
+    def settings(self, name: str) -> dict[str, Any]:
+        """What ``layers`` gives for a tensor."""
         settings: dict[str, Any] = {}
         for pattern, some in (self.layers or {}).items():
             settings |= some if fnmatchcase(name, pattern) else {}
+        return settings
+
+    def of(self, name: str) -> Self:
+        """This method with the settings of a tensor."""
+        settings = self.settings(name)
         return replace(self, layers=None, **settings) if settings else self
 
     def fitting(self, network: nn.Module) -> Self:
@@ -123,8 +134,22 @@ class Trained(Method):
 
 
 @dataclass(kw_only=True)
-class FixedBits(Method):
-    """What methods with one width for all weights share.
+class Sampled(Method):
+    """A method that looks at data, beside those that it may be trained on.
+
+    Attributes:
+        samples: of the training data.
+        batch_size: in which they come.
+    """
+
+    samples: int = 1024
+    batch_size: int = 32
+    ranges: ClassVar[Ranges] = {"samples": "1..", "batch_size": "1.."}
+
+
+@dataclass(kw_only=True)
+class FixedBits(Sampled):
+    """What methods with one width for a tensor share. The samples are what widths for ``max_size`` are tried on.
 
     Attributes:
         bits: 1..15.

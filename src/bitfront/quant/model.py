@@ -97,6 +97,7 @@ class Objective(Protocol):
     """Of a method: its say in the training."""
 
     min_size: float
+    max_size: float
     penalty: float
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -253,9 +254,11 @@ class QuantizedModel(nn.Module):
         """Write the artifact; return its size in bytes.
 
         Raises:
-            BitfrontError: a weight is not finite, the disk is full or the place is not writable.
+            BitfrontError: a weight is not finite, the file would be larger than the method's ``max_size``, the disk is
+                full or the place is not writable.
         """
-        return self.artifact(about).save(Path(path))
+        limit = int((self.method.max_size if self.method else 0.0) * MB)
+        return self.artifact(about).save(Path(path), limit)
 
     def summary(self, about: Mapping[str, Any] | None = None) -> str:
         """A table of the tensors: bits, bytes, share of the file and relative loss of the layer's output; below, what

@@ -1,0 +1,208 @@
+"""A method with a width for each tensor, such that the file has at most a given size and the least predicted loss.
+
+All tensors are tried at all widths on the float network, with the method's own solver (for what trains, with the range
+that is best for the weights it starts from). The cost of each error is weighed by what the end of the network feels of
+it (``sensitivity``), and widths are chosen (``budget``) by the bytes that the file has with them: all else in it is
+priced first.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.errors import BitfrontError
+from bitfront.progress import Bar
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.budget import Option, allocate
+from bitfront.quant.calibration import PostTraining
+from bitfront.quant.core import FixedBits, Method
+from bitfront.quant.decoupleq import fitted_range
+from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.packed import Packed
+from bitfront.quant.plan import Calibration, plan
+from bitfront.quant.sensitivity import error, gradients, price
+from bitfront.quant.undisturbed import undisturbed
+
+M = TypeVar("M", bound=Method)
+MIB = 2**20
+WIDTHS = range(1, 9)
+FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
+HELD = 1 << 30  # bytes of second moments at once; where there are more, the data are gone through again
+
+
+@dataclass
+class Tried:
+    """A tensor at some widths.
+
+    Attributes:
+        options: by width; their loss is the squared error of the layer's output.
+        shells: by width, the packed tensor without its codes, for the size of the file.
+        power: of the layer's output, in the unit of the losses.
+        price: what an error of 1 costs at the end of the network.
+    """
+
+    options: dict[int, Option]
+    shells: dict[int, Packed]
+    power: float
+    price: float
+
+
+def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, Any] | None = None) -> M:
+    """The method with ``layers`` such that the file is not larger than its ``max_size``.
+
+    Args:
+        method: with one width for a tensor, and a ``max_size``.
+        network: float, on the device to work on; stays as it is.
+        data: to measure losses on.
+        about: what the file says of itself, which counts.
+
+    Raises:
+        BitfrontError: even the smallest file is larger, with what takes the room; or the method has no such widths.
+    """
+    if not isinstance(method, FixedBits):
+        raise BitfrontError(f"{type(method).__name__} has no widths that max_size= could choose")
+    if not data.batches:
+        raise BitfrontError("max_size chooses widths by what errors do on data; give data")
+    about, weights = about or {}, method.eligible(network)
+    with undisturbed(network), no_fast_path():
+        network.eval()
+        tried = _tried(network, method, weights, data)
+    options = _costs(tried)
+    limit = room = int(method.max_size * MIB)
+    smallest = {name: some[0] for name, some in options.items()}
+    rest = _size(network, tried, smallest, about) - sum(option.nbytes for option in smallest.values())
+    while (chosen := allocate(list(options.values()), room - rest)) is not None:
+        widths = dict(zip(options, chosen, strict=True))
+        excess = _size(network, tried, widths, about) - limit
+        if excess <= 0:
+            layers = {name: {"bits": option.bits} for name, option in widths.items()}
+            return replace(method, layers=(method.layers or {}) | layers)
+        room -= excess  # the header has a few digits more or less
+    raise BitfrontError(_too_small(network, tried, smallest, about, limit))
+
+
+def _tried(
+    network: nn.Module, method: FixedBits, weights: dict[str, nn.Parameter], data: Calibration
+) -> dict[str, Tried]:
+    felt = gradients(network, weights, data)
+    found: dict[str, Tried] = {}
+    stages, blind = _stages(network, weights, data)
+    bar = Bar(weights, desc="trying widths", unit="tensor")
+    for part in _parts(stages, weights):
+        for stage, moments in zip(part, _moments(network, part, weights, data), strict=True):
+            for name in stage:
+                found[name] = _at_all_widths(method, name, weights[name], moments, felt[name])
+                bar.update()
+    for name in blind:
+        found[name] = _at_all_widths(method, name, weights[name], None, felt[name])
+        bar.update()
+    bar.close()
+    return {name: found[name] for name in weights}
+
+
+def _stages(
+    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
+) -> tuple[list[list[str]], list[str]]:
+    units = plan(network, weights, data)
+    return [stage for unit in units for stage in unit.stages], [name for unit in units for name in unit.blind]
+
+
+def _parts(stages: Sequence[list[str]], weights: Mapping[str, Tensor]) -> Iterator[list[list[str]]]:
+    """Stages whose second moments may be in memory together."""
+    part: list[list[str]] = []
+    held = 0
+    for stage in stages:
+        size = 8 * weights[stage[0]][0].numel() ** 2
+        if part and held + size > HELD:
+            yield part
+            part, held = [], 0
+        part.append(stage)
+        held += size
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def _moments(
+    network: nn.Module, stages: Sequence[list[str]], weights: dict[str, nn.Parameter], data: Calibration
+) -> Iterator[Moments]:
+    """Of the layers of each stage, in the float network."""
+    sums = {stage[0]: Accumulator(stage[0]) for stage in stages}
+    with undisturbed(network):
+        for batch in data.batches:
+            for accumulator in sums.values():
+                accumulator.valid = data.valid(batch)
+            with Watch({name: weights[name] for name in sums}, lambda name, use: sums[name].add(name, use)):
+                data.forward(network, batch)
+    for accumulator in sums.values():
+        yield accumulator.moments()
+
+
+@torch.no_grad()
+def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moments | None, gradient: float) -> Tried:
+    own: Any = method.of(name)
+    v = w.detach()
+    found = Tried({}, {}, error(torch.zeros_like(v), v, inputs), price(v, gradient, inputs))
+    for bits in (own.bits,) if "bits" in method.settings(name) else WIDTHS:
+        packed, decoded = _solved(replace(own, bits=bits), v, inputs)
+        found.options[bits] = Option(bits, packed.nbytes, error(decoded, v, inputs))
+        found.shells[bits] = replace(packed, codes=packed.codes.new_zeros(1, 1).expand(packed.codes.shape))
+    return found
+
+
+def _solved(method: Any, w: Tensor, inputs: Moments | None) -> tuple[Packed, Tensor]:
+    """As it is stored, and its values."""
+    if isinstance(method, PostTraining):
+        packed, _ = method.solve(w, inputs)
+        return packed, packed.decode().to(w.device)
+    packed = method.quantizer(w).encode(w)  # whose range is yet to be trained
+    lo, span = fitted_range(w, method.bits, method.group_size, symmetric=False)
+    return packed, Packed.nearest(w, packed.bits.to(w.device), lo, span, method.group_size).decode()
+
+
+def _costs(tried: Mapping[str, Tried]) -> dict[str, list[Option]]:
+    """The options of each tensor by size, with what they cost at the end of the network; relative to the layer's output
+    where that is not known of any."""
+    importance = {name: t.price * t.power for name, t in tried.items()}
+    if not any(importance.values()):
+        importance = dict.fromkeys(tried, 1.0)
+    floor = FLOOR * statistics.median(importance.values())
+    options = {}
+    for name, t in tried.items():
+        scale = max(importance[name], floor) / (t.power or 1.0)
+        some = [replace(option, loss=scale * option.loss) for option in t.options.values()]
+        options[name] = sorted(some, key=lambda option: option.nbytes)
+    return options
+
+
+def _size(
+    network: nn.Module, tried: Mapping[str, Tried], widths: Mapping[str, Option], about: Mapping[str, Any]
+) -> int:
+    """Bytes of the file."""
+    shells = {name: tried[name].shells[option.bits] for name, option in widths.items()}
+    return len(Artifact.of(network, shells, about).to_bytes())
+
+
+def _too_small(
+    network: nn.Module,
+    tried: Mapping[str, Tried],
+    smallest: Mapping[str, Option],
+    about: Mapping[str, Any],
+    limit: int,
+) -> str:
+    shells = {name: tried[name].shells[option.bits] for name, option in smallest.items()}
+    artifact = Artifact.of(network, shells, about)
+    whole, raw = len(artifact.to_bytes()), sum(t.nbytes for t in artifact.raw.values())
+    tables = sum(2 * p.lo.nbytes for p in shells.values())
+    return (
+        f"max_size={limit / MIB:.4g} MiB cannot be kept: at the smallest widths the file has {whole / MIB:.4g}, of "
+        f"which {raw / MIB:.3g} are tensors that stay float, {tables / MIB:.3g} scales and zeros, "
+        f"{(whole - artifact.payload) / MIB:.3g} names and layout; a smaller min_size quantizes more, and larger "
+        "groups, or scale_dtype=float16, have smaller tables"
+    )

@@ -1,0 +1,229 @@
+"""Widths for a size: the knapsack against exhaustive search and a bound, and files that stay below what was asked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bitfront
+from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, Calibration, DecoupleQ, DiffQ
+from bitfront.cells.record import read_all
+from bitfront.quant.budget import Option, allocate
+from bitfront.quant.inputs import Moments
+from bitfront.quant.sensitivity import error, gradients, price
+
+MIB = 2**20
+EVERY: dict[str, Any] = {"min_size": 0.0005, "exclude": ["bias"]}
+
+
+def random_options(seed: int, tensors: int) -> list[list[Option]]:
+    """Losses that fall by about four per bit, in tensors of any size, with tables of their own."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(tensors):
+        weights, weight = int(2 ** rng.uniform(6, 16)), 10 ** rng.uniform(-3, 3)
+        found.append([Option(b, weights * b // 8 + 40, weight * 4.0**-b * rng.uniform(0.5, 1.5)) for b in range(1, 9)])
+    return found
+
+
+def total(options: list[Option]) -> tuple[int, float]:
+    return sum(o.nbytes for o in options), sum(o.loss for o in options)
+
+
+@given(seed=st.integers(0, 10**6), tensors=st.integers(1, 5), share=st.floats(0, 1.1))
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_that_of_exhaustive_search(seed: int, tensors: int, share: float) -> None:
+    options = random_options(seed, tensors)
+    smallest, largest = (sum(choose(o.nbytes for o in some) for some in options) for choose in (min, max))
+    limit = int(smallest + share * (largest - smallest))
+    fitting = [loss for size, loss in map(total, map(list, itertools.product(*options))) if size <= limit]
+    chosen = allocate(options, limit)
+    assert chosen is not None and total(chosen)[0] <= limit
+    assert total(chosen)[1] == pytest.approx(min(fitting), rel=1e-12)
+    assert allocate(options, smallest - 1) is None
+
+
+def bound(options: list[list[Option]], limit: int) -> float:
+    """Below every choice that fits: the Lagrangian dual, by search of its multiplier."""
+
+    def dual(log_price: float) -> float:
+        price = math.exp(log_price)
+        return sum(min(o.loss + price * o.nbytes for o in some) for some in options) - price * limit
+
+    return max(dual(x) for x in np.linspace(-30, 5, 4000))
+
+
+@pytest.mark.parametrize("tensors", [20, 60, 200])
+def test_the_choice_is_close_to_the_bound(tensors: int) -> None:
+    for seed in range(3):
+        options = random_options(seed, tensors)
+        limit = int(sum(o[0].nbytes for o in options) * 2.5)
+        chosen = allocate(options, limit)
+        assert chosen is not None
+        size, loss = total(chosen)
+        assert size <= limit and loss <= bound(options, limit) * 1.03
+
+
+def test_what_is_larger_and_no_better_is_never_chosen() -> None:
+    options = [[Option(1, 10, 5.0), Option(2, 20, 6.0), Option(3, 30, 4.0)]]
+    assert allocate(options, 25) == [Option(1, 10, 5.0)] and allocate(options, 30) == [Option(3, 30, 4.0)]
+
+
+class Deep(nn.Module):
+    """Layers of very unequal weight: the outputs of most are scaled down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(8))
+        self.gains = [2.0, 0.03, 0.5, 0.02, 1.0, 0.1, 0.03, 0.3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, gain in zip(self.layers, self.gains, strict=True):
+            x = x + gain * torch.tanh(layer(x))
+        return x
+
+
+def data(n: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 32, generator=generator) for _ in range(n)]
+
+
+def wrong(model: nn.Module, network: nn.Module) -> float:
+    """Relative power of the error of the outputs, on other data."""
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return ((model(x) - network(x)).square().sum() / network(x).square().sum()).item()
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ, DecoupleQ])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_at_the_size_of_one_width_mixed_ones_are_better(method: Any, bits: int, tmp_path: Path) -> None:
+    network = Deep()
+    single = bitfront.quantize(network, method(bits=bits, **EVERY), data())
+    size = single.save(tmp_path / "single")
+    mixed = bitfront.quantize(network, method(**EVERY), data(), max_size=size / MIB)
+    assert 0.97 * size <= mixed.save(tmp_path / "mixed") == (tmp_path / "mixed").stat().st_size <= size
+    assert wrong(mixed, network) < 0.6 * wrong(single, network)
+    loaded = bitfront.load(tmp_path / "mixed", into=Deep())
+    assert torch.equal(loaded(data()[0]), mixed(data()[0]))
+
+
+@pytest.mark.parametrize("method", [LSQ, STE])
+def test_what_trains_starts_from_widths_for_the_size(method: Any, tmp_path: Path) -> None:
+    network = Deep()
+    model = bitfront.prepare(network, method(**EVERY), data(), max_size=0.0075)
+    optimizer = model.optimizer(torch.optim.SGD(network.parameters(), 1e-3))
+    for x in data():
+        optimizer.zero_grad()
+        (model(x).square().mean() + model.penalty()).backward()
+        optimizer.step()
+    assert 0.97 * 0.0075 * MIB <= model.eval().save(tmp_path / "net") <= 0.0075 * MIB
+    assert len({int(packed.bits.max()) for packed in model.encode().values()}) > 1
+
+
+def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) -> None:
+    network = Deep()
+    smallest = bitfront.quantize(network, RTN(bits=1, **EVERY)).save(tmp_path / "net")
+    with pytest.raises(BitfrontError, match=f"the file has {smallest / MIB:.4g}, of which 0.000977 are tensors that"):
+        bitfront.quantize(network, RTN(**EVERY), data(), max_size=(smallest - 1) / MIB)
+    assert bitfront.quantize(network, RTN(**EVERY), data(), max_size=smallest / MIB).save(tmp_path / "net") == smallest
+    with pytest.raises(BitfrontError, match="give data"):
+        bitfront.quantize(network, RTN(**EVERY), max_size=1)
+    with pytest.raises(BitfrontError, match="DiffQ has no widths"):
+        bitfront.prepare(network, DiffQ(**EVERY), data(), max_size=1)
+
+
+def test_what_is_said_about_a_file_counts(tmp_path: Path) -> None:
+    model = bitfront.quantize(Deep(), RTN(**EVERY), data(), max_size=0.009)
+    size = model.save(tmp_path / "net")
+    with pytest.raises(BitfrontError, match="max_size allows"):
+        model.save(tmp_path / "other", {"note": "x" * (int(0.009 * MIB) - size + 100)})
+    assert not (tmp_path / "other").exists()
+
+
+def test_widths_that_are_set_stay() -> None:
+    method = GPTQ(layers={"layers.[01].weight": {"bits": 7}, "layers.*": {"group_size": 8}}, **EVERY)
+    model = bitfront.quantize(Deep(), method, data(), max_size=0.0165)
+    packed = model.encode()
+    assert [int(packed[f"layers.{n}.weight"].bits) for n in (0, 1)] == [7, 7]
+    assert all(p.codes.shape[1] == 8 for p in packed.values())
+
+
+def test_what_no_output_depends_on_does_not_get_all_and_loses_not_all() -> None:
+    """Outputs without gradients, and layers that are not used on these data."""
+
+    class Classes(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)
+
+    class Unused(Classes):
+        def forward(self, x: Tensor) -> Tensor:
+            return Deep.forward(self, x)
+
+    for network in (Classes(), Unused()):
+        widths = bitfront.quantize(network, GPTQ(**EVERY), data(), max_size=0.0095).widths()
+        assert len(widths) == 9 and sum(len(w) - 1 for w in widths.values()) / 9 > 2
+
+
+def test_the_price_of_an_error_is_what_the_end_feels() -> None:
+    """``y = s Q A x`` with an orthogonal Q: an error dA costs ``s² |dA x|²`` over the power of y."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 16, bias=False))
+    network[1].weight.data = 3 * torch.linalg.qr(torch.randn(16, 16))[0]
+    batches = [torch.randn(50, 24) @ torch.randn(24, 24).tril() for _ in range(60)]
+    weights = {"0.weight": network[0].weight}
+    felt = gradients(network, weights, Calibration(batches, lambda net, x: net(x)))["0.weight"]
+    x = torch.cat(batches).double()
+    inputs = Moments((x.T @ x / len(x))[None], len(x))
+    w, other = network[0].weight.detach(), network[0].weight.detach() + 0.01 * torch.randn(16, 24)
+    found = price(w, felt, inputs) * error(other, w, inputs)
+    with torch.no_grad():
+        change = [network[1](F.linear(b, other - w)).square().sum() / network(b).square().mean() for b in batches]
+    assert found == pytest.approx(sum(change).item(), rel=0.1)
+    assert network[1].weight.requires_grad and network[0].weight.grad is None
+
+
+SMOKE = ("task=vit", "smoke=true", "wandb=disabled")
+
+
+def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
+    words = (*SMOKE, "quant=rtn,gptq,lsq,ste", "max_size=0.03,0.04", f"root={tmp_path}")
+    result = cli("run", "-m", *words)
+    assert result.returncode == 0, result.stderr
+    records = [record for record in read_all(tmp_path) if record.method != "float"]
+    assert len(records) == 8
+    for record in records:
+        limit = record.config["max_size"] * MIB
+        assert 0.9 * limit < record.sizes.file <= limit and record.setting == f"max_size={record.config['max_size']}"
+    again = cli("run", *SMOKE, "quant=lsq", "max_size=0.03", f"root={tmp_path}")
+    assert "finished before" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("quant=rtn", "max_size=0.001"), "cannot be kept: at the smallest widths"),
+        (("quant=float", "max_size=0.03"), "quant=float has no widths"),
+        (("quant=diffq", "max_size=0.03"), "penalty= trades size"),
+        (("quant=rtn", "max_size=-1"), "max_size"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    result = cli("run", *SMOKE, *words, f"root={tmp_path}")
+    assert result.returncode == 1 and told in result.stderr and "Traceback" not in result.stderr
