@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -133,6 +134,49 @@ def test_what_trains_starts_from_widths_for_the_size(method: Any, tmp_path: Path
     assert len({int(packed.bits.max()) for packed in model.encode().values()}) > 1
 
 
+def steered(network: nn.Module, steps: int, **options: Any) -> tuple[bitfront.QuantizedModel, list[float]]:
+    """A network that learns to be what it is, with learned widths; and the bits of its codes after each step."""
+    exact = copy.deepcopy(network)
+    model = bitfront.prepare(network, DiffQ(lr=0.05, **options, **EVERY), max_size=0.007, steps=steps).train()
+    optimizer = model.optimizer(torch.optim.SGD(network.parameters(), 1e-3))
+    sizes = []
+    for n in range(steps):
+        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(n))
+        optimizer.zero_grad()
+        (F.mse_loss(model(x), exact(x)) + model.penalty()).backward()
+        optimizer.step()
+        sizes.append(sum((q.group_numel * q.widths()).sum().item() for q in model.quantizers))
+    return model.eval(), sizes
+
+
+def test_learned_widths_come_to_a_size_and_know_where_they_are_needed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Deep()
+    model, sizes = steered(network, 200)
+    start, room = 8 * 8 * 1024, model.steering.room  # type: ignore[union-attr]
+    wanted = [start + min(1.0, (n + 1) / 100) * (room - start) for n in range(200)]
+    assert sizes == pytest.approx(wanted, rel=1e-4)
+    size = model.save(tmp_path / "net")
+    assert 0.99 * 0.007 * MIB <= size <= 0.007 * MIB
+    bits = [packed.bits.float().mean().item() for packed in model.encode().values()]
+    assert np.corrcoef(bits, np.log([gain * gain for gain in network.gains]))[0, 1] > 0.9
+    single = bitfront.quantize(Deep(), RTN(bits=math.floor(sum(bits) / 8), group_size=0, **EVERY))
+    assert wrong(model, Deep()) < 0.6 * wrong(single, Deep())
+    loaded = bitfront.load(tmp_path / "net", into=Deep())
+    assert torch.equal(loaded(data()[0]), model(data()[0]))
+
+
+def test_learned_widths_need_the_length_of_the_training_and_a_size_that_is_possible() -> None:
+    model = bitfront.prepare(Deep(), DiffQ(**EVERY), max_size=0.007)
+    assert model.penalty() == 0
+    model(data()[0]).sum().backward()
+    with pytest.raises(BitfrontError, match="steps="):
+        model.optimizer(torch.optim.SGD(model.network.parameters(), 1e-3)).step()
+    small = bitfront.prepare(Deep(), DiffQ(**EVERY), max_size=0.003, steps=10)
+    with pytest.raises(BitfrontError, match="with one bit for all"):
+        small.eval()
+
+
 def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) -> None:
     network = Deep()
     smallest = bitfront.quantize(network, RTN(bits=1, **EVERY)).save(tmp_path / "net")
@@ -141,8 +185,8 @@ def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) ->
     assert bitfront.quantize(network, RTN(**EVERY), data(), max_size=smallest / MIB).save(tmp_path / "net") == smallest
     with pytest.raises(BitfrontError, match="give data"):
         bitfront.quantize(network, RTN(**EVERY), max_size=1)
-    with pytest.raises(BitfrontError, match="DiffQ has no widths"):
-        bitfront.prepare(network, DiffQ(**EVERY), data(), max_size=1)
+    with pytest.raises(BitfrontError, match="Float has no widths"):
+        bitfront.prepare(network, bitfront.Float(**EVERY), data(), max_size=1)
 
 
 def test_what_is_said_about_a_file_counts(tmp_path: Path) -> None:
@@ -203,11 +247,11 @@ SMOKE = ("task=vit", "smoke=true", "wandb=disabled")
 
 
 def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
-    words = (*SMOKE, "quant=rtn,gptq,lsq,ste", "max_size=0.03,0.04", f"root={tmp_path}")
+    words = (*SMOKE, "quant=rtn,gptq,lsq,ste,diffq", "max_size=0.03,0.04", f"root={tmp_path}")
     result = cli("run", "-m", *words)
     assert result.returncode == 0, result.stderr
     records = [record for record in read_all(tmp_path) if record.method != "float"]
-    assert len(records) == 8
+    assert len(records) == 10
     for record in records:
         limit = record.config["max_size"] * MIB
         assert 0.9 * limit < record.sizes.file <= limit and record.setting == f"max_size={record.config['max_size']}"
@@ -220,7 +264,6 @@ def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
     [
         (("quant=rtn", "max_size=0.001"), "cannot be kept: at the smallest widths"),
         (("quant=float", "max_size=0.03"), "quant=float has no widths"),
-        (("quant=diffq", "max_size=0.03"), "penalty= trades size"),
         (("quant=rtn", "max_size=-1"), "max_size"),
     ],
 )

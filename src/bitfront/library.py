@@ -82,6 +82,7 @@ def prepare(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_size: float = 0.0,
+    steps: int = 0,
 ) -> QuantizedModel:
     """Wrap a network to be trained quantized, in any loop: call the result in its place, add ``penalty()`` to the loss,
     step ``optimizer(...)``.
@@ -90,8 +91,10 @@ def prepare(
         network: any module; trained in place. Wrappers (``DataParallel``, ``torch.compile``) are taken off: wrap the
             result. Weights that it computes from others (weight norm) are resolved.
         method: ``DiffQ``, ``LSQ``, ``STE``, ``Float`` or one of your own.
-        data, forward: as in ``quantize``; only ``max_size`` looks at them, at ``method.samples``.
-        max_size: MiB that the file may have; ``sized`` chooses a width for each tensor then.
+        data, forward: as in ``quantize``; only ``max_size`` of methods with ``bits`` looks at them.
+        max_size: MiB that the file may have; ``sized`` chooses a width for each tensor then; learned widths come to it
+            along the training, in place of a penalty.
+        steps: of the optimizer in the whole training, where widths are learned.
 
     Raises:
         BitfrontError: a layer cannot be quantized as asked.
@@ -101,13 +104,15 @@ def prepare(
             f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
         )
     network = resolve(unwrapped(network))
-    if max_size := max_size or method.max_size:
-        batches = (
-            drawn(data, method.samples, method.batch_size) if data is not None and isinstance(method, Sampled) else []
-        )
-        tried = Calibration(batches, forward or call, None, not_padded)
-        method = sized(replace(method, max_size=max_size), network, tried)
-    return method.attach(network)
+    method = replace(method, max_size=max_size or method.max_size)
+    if not method.max_size:
+        return method.attach(network)
+    if isinstance(method, Sampled):
+        batches = [] if data is None else drawn(data, method.samples, method.batch_size)
+        return sized(method, network, Calibration(batches, forward or call, None, not_padded)).attach(network)
+    model = method.attach(network)
+    model.steer(steps)
+    return model
 
 
 def load(path: Path | str, into: N) -> N:

@@ -78,11 +78,8 @@ def check_values(config: Config) -> None:
         BitfrontError: with the range.
     """
     values = config.values
-    if values["max_size"] and "bits" not in values["quant"]:
-        other = "; penalty= trades size against loss" if "penalty" in values["quant"] else ""
-        raise BitfrontError(
-            f"quant={config.method} has no widths that max_size={values['max_size']} could choose{other}"
-        )
+    if values["max_size"] and not {"bits", "init_bits"} & values["quant"].keys():
+        raise BitfrontError(f"quant={config.method} has no widths that max_size={values['max_size']} could choose")
     recipe_of(config)
     for group, name in zip(compose.CELL, (config.task, config.method), strict=True):
         label = functools.partial(_typed, values, group)

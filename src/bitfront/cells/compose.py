@@ -156,7 +156,7 @@ def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictC
     usual = _usual(task, method, bool(found.smoke), *searchpath())
     of_method, of_task = knobs("quant", method), {knob for knob, _ in knobs("task", task)}
     told = [f"{knob}={found[knob]}" for n, (knob, value) in enumerate(of_method) if n == 0 or found[knob] != value]
-    told = [word for word in told if not (found.max_size and word.startswith("bits="))]  # which it chooses
+    told = [word for word in told if not (found.max_size and word.startswith(("bits=", "penalty=")))]  # in their place
     for key, o in typed.items():
         shown = key in of_task or (key.startswith(SHOWN) and key != "trainer.accelerator")
         if shown and OmegaConf.select(usual, key) != OmegaConf.select(found, key):

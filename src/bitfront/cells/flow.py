@@ -220,7 +220,10 @@ def _attached(
             data = _calibration(task, method, network, device, run)
             method = sized(method, network.to(device), data, about(config))
         if not isinstance(method, PostTraining):
-            return method.attach(network)
+            model = method.attach(network)
+            if method.max_size and not isinstance(method, FixedBits):
+                model.steer(about=about(config))
+            return model
         return method.attach(network.to(device), _calibration(task, method, network, device, run))
     except torch.OutOfMemoryError as error:
         raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None

@@ -64,6 +64,8 @@ class Training(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer = self.model.optimizer(main, scaler)
         steps = int(self.trainer.estimated_stepping_batches)
+        if self.model.steering:
+            self.model.steering.steps = steps
         schedule = LambdaLR(optimizer, lambda step: self.recipe.lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -82,7 +84,7 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.task.loss(self.model, batch)
         self.total += loss.detach()
-        if self.method.penalty:
+        if self.method.penalty and not self.model.steering:
             return loss + self.model.penalty() / self.task.summed
         return loss
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitfront.errors import BitfrontError
 from bitfront.quant.model import QuantizedModel, Quantizer, eligible
 from bitfront.quant.packed import Packed
+from bitfront.quant.steered import Steering
 from bitfront.ranges import Ranges, of, refuse
 
 
@@ -98,6 +99,10 @@ class Method:
                 f"layers: no quantized tensor matches '{pattern}'; there are {', '.join(weights)}",
             )
         return weights
+
+    def steering(self, model: QuantizedModel, about: Mapping[str, Any]) -> Steering | None:
+        """What brings a model that trains to ``max_size``, where widths are learned."""
+        return None
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         """What a user should know of the stored tensors, a line each."""

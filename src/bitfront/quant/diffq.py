@@ -20,20 +20,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bitfront.quant.core import Trained, check
 from bitfront.quant.layout import MAX_BITS
-from bitfront.quant.model import Quantizer
+from bitfront.quant.model import MB, QuantizedModel, Quantizer
 from bitfront.quant.packed import Packed, grouped, ungrouped
+from bitfront.quant.steered import Steering, stored
 from bitfront.ranges import Ranges
 
 
 class DiffQQuantizer(Quantizer):
     """Learned widths of one tensor, as logits ``[groups]``."""
+
+    threshold: Tensor | None
 
     def __init__(self, w: Tensor, method: DiffQ) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class DiffQQuantizer(Quantizer):
         groups = grouped(w.detach(), method.group_size)
         self.group_numel = groups.shape[1]
         self.logits = nn.Parameter(torch.full((len(groups),), method.initial_logit(), device=w.device))
+        self.register_buffer("threshold", torch.tensor(0.5, device=w.device) if method.max_size else None)
 
     def widths(self) -> Tensor:
         """Continuous bits of each group, ``[groups]``, between min_bits and max_bits."""
@@ -48,6 +52,8 @@ class DiffQQuantizer(Quantizer):
 
     def stored_widths(self) -> Tensor:
         """Whole bits of each group on disk, ``[groups]``."""
+        if self.threshold is not None:
+            return stored(self.widths().detach() + self.method.extra_bits, self.threshold)
         return (self.widths().detach() + self.method.extra_bits).round().clamp(1, MAX_BITS)
 
     def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +157,10 @@ class DiffQ(Trained):
 
     def quantizer(self, w: Tensor) -> DiffQQuantizer:
         return DiffQQuantizer(w, self)
+
+    def steering(self, model: QuantizedModel, about: Mapping[str, Any]) -> Steering:
+        quantizers: Any = {name: quantizer for name, quantizer, _ in model.items()}
+        return Steering(quantizers, model.network, int(self.max_size * MB), about)
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         widths = torch.cat([p.bits.float().expand(len(p.codes)).cpu() for p in packed.values()] or [torch.zeros(1)])

@@ -21,6 +21,7 @@ from bitfront.quant.forwards import Uses, no_recomputation, refuse_recomputation
 from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import parametrized
+from bitfront.quant.steered import Steering
 from bitfront.quant.summary import summary
 
 MB = 2**20  # bytes; the papers' penalties are per MB of this size
@@ -103,6 +104,9 @@ class Objective(Protocol):
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The quantizers' own, or None."""
 
+    def steering(self, model: Any, about: Mapping[str, Any]) -> Steering | None:
+        """What brings learned widths to ``max_size``."""
+
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         """What a user should know of the stored tensors."""
 
@@ -137,6 +141,7 @@ class QuantizedModel(nn.Module):
         self._cached: dict[str, Tensor] = {}
         self._cached_of: list[Tensor] = []
         self._watched = False
+        self.steering: Steering | None = None  # of a size that its learned widths are to come to
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.weights()
@@ -179,9 +184,27 @@ class QuantizedModel(nn.Module):
             self._cached_of = [t.detach().clone() for t in now]
         return self._cached
 
+    def steer(self, steps: int = 0, about: Mapping[str, Any] | None = None) -> None:
+        """Have learned widths come to the method's ``max_size``.
+
+        Args:
+            steps: of the optimizer in the whole training.
+            about: what the file will be told, which counts.
+
+        Raises:
+            BitfrontError: the method learns no widths.
+        """
+        steering = self.method.steering(self, about or {}) if self.method else None
+        if steering is None:
+            raise BitfrontError(f"{type(self.method).__name__} has no widths that max_size= could choose")
+        steering.steps = steps
+        steering.measure()
+        self.steering = steering
+
     def penalty(self) -> Tensor:
         """What the method adds to the loss for the model's size (DiffQ's penalty times MB): a differentiable scalar."""
-        return (self.method.penalty if self.method else 0.0) * self.megabytes()
+        penalty = self.method.penalty if self.method and not self.steering else 0.0
+        return penalty * self.megabytes()
 
     def optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> Joint:
         """An optimizer of the weights, joined with the method's own of the quantizers, as ``Joint`` says. Where it has
@@ -205,6 +228,8 @@ class QuantizedModel(nn.Module):
         own = self.method.optimizer(left) if self.method and left else None
         if left and own is None:
             optimizer.add_param_group({"params": left, "weight_decay": 0.0})
+        if self.steering:
+            return Joint(optimizer, own, self.steering.project, scaler, self.steering.shift)
         return Joint(optimizer, own, self._spare_unused, scaler)
 
     def _spare_unused(self) -> None:
@@ -283,7 +308,10 @@ class QuantizedModel(nn.Module):
 
     def train(self, mode: bool = True) -> QuantizedModel:
         refuse_switch(self.network)
-        return super().train(mode)
+        super().train(mode)
+        if self.steering and not mode:
+            self.steering.fit()
+        return self
 
 
 def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ class Joint(Optimizer):
     Args:
         main: of the weights.
         own: the method's, if it has one.
-        prepare: called before each step.
+        prepare, finish: called before and after each step.
         scaler: needed where float16 training has one: it knows ``param_groups`` alone, and would leave its factor in
             the gradients of ``own``.
     """
@@ -30,8 +30,9 @@ class Joint(Optimizer):
         own: Optimizer | None,
         prepare: Callable[[], None],
         scaler: torch.amp.GradScaler | None = None,
+        finish: Callable[[], None] | None = None,
     ) -> None:
-        self.main, self.own, self.prepare, self.scaler = main, own, prepare, scaler
+        self.main, self.own, self.prepare, self.scaler, self.finish = main, own, prepare, scaler, finish
         super().__init__(main.param_groups, main.defaults)  # which schedules look into
         self._show()
 
@@ -41,6 +42,8 @@ class Joint(Optimizer):
         self.main.step()
         if self.own and self._unscaled(self.own):
             self.own.step()
+        if self.finish:
+            self.finish()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,0 +1,160 @@
+"""Learned widths within a size: the loss says which groups get bits, the size how many (RCO, arXiv 2605.00649).
+
+    g <- g - (g · n / n · n) n,     n = dS/dl      the gradient of the logits, along the surface of equal size
+    a step of the optimizer, then  l <- l + t      one shift for all, such that  S(l) = S*
+
+``S`` are the bits of all codes, ``S*`` goes from those of the start to the room that the file has for them, linearly
+over the first half of the training. In the end widths are whole: all are rounded down after a shift, the largest with
+which the file has at most its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.errors import BitfrontError
+from bitfront.quant.artifact import Artifact
+from bitfront.quant.layout import MAX_BITS
+from bitfront.quant.packed import Packed
+
+RAMP = 0.5  # share of the steps after which the size is reached
+NEWTON = 4  # steps to the shift, of which the first is close
+HALVINGS = 30  # of the range in which the last shift is sought
+
+
+class Widths(Protocol):
+    """Of a quantizer: ``logits``, of which its widths are."""
+
+    logits: nn.Parameter
+    group_numel: int
+    threshold: Tensor
+
+    def widths(self) -> Tensor:
+        """Of each group, continuous and differentiable."""
+
+
+class Steering(nn.Module):
+    """Keeps a model that trains on its way to a size.
+
+    Args:
+        quantizers: with widths, of all tensors.
+        network: whose file is meant.
+        limit: bytes of the file.
+        about: what the file says of itself, which counts.
+
+    Attributes:
+        steps: of the whole training; to be set before its first.
+    """
+
+    def __init__(
+        self, quantizers: Mapping[str, Widths], network: nn.Module, limit: int, about: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.quantizers = tuple(quantizers.values())  # which the model has already
+        self.names, self.network = tuple(quantizers), (network,)
+        self.limit, self.about, self.steps = limit, dict(about), 0
+        self.register_buffer("done", torch.zeros((), dtype=torch.long))
+        self.start = self._size().item()
+        self.room = 0.0
+
+    def project(self) -> None:
+        """Take out of the logits' gradients what would change the size."""
+        if not self.steps:
+            raise BitfrontError("learned widths come to max_size= along the training; say of how many steps= it is")
+        logits = [q.logits for q in self.quantizers if q.logits.grad is not None]
+        if not logits:
+            return
+        normals = self._normals(logits)
+        grads = [p.grad for p in logits if p.grad is not None]
+        power = sum((n * n).sum() for n in normals)
+        along = sum((g * n).sum() for g, n in zip(grads, normals, strict=True)) / power
+        for g, n in zip(grads, normals, strict=True):
+            g.sub_(along * n)
+
+    @torch.no_grad()
+    def shift(self) -> None:
+        """Bring the size to where it is to be after this step."""
+        self.get_buffer("done").add_(1)
+        share = min(1.0, self.get_buffer("done").item() / (RAMP * self.steps))
+        wanted = self.start + share * (self.room - self.start)
+        logits = [q.logits for q in self.quantizers]
+        for _ in range(NEWTON):
+            excess = self._size() - wanted
+            slope = sum(n.sum() for n in self._normals(logits))
+            t = (-excess / slope).clamp(-1.0, 1.0) if slope > 0 else torch.zeros(())
+            for p in logits:
+                p.add_(t)
+            if abs(excess) < 1e-5 * wanted:
+                break
+
+    def _size(self) -> Tensor:
+        """Bits of all codes."""
+        return torch.stack([q.group_numel * q.widths().sum() for q in self.quantizers]).sum()
+
+    def _normals(self, logits: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            return torch.autograd.grad(self._size(), logits)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Make the widths whole, such that the file has its size.
+
+        Raises:
+            BitfrontError: it cannot be so small.
+        """
+        shells = self._shells()
+        widths = {name: q.widths() for name, q in zip(self.names, self.quantizers, strict=True)}
+
+        def at(shift: float) -> dict[str, Packed]:
+            return {n: replace(shells[n], bits=stored(widths[n], shift).to(torch.uint8)) for n in self.names}
+
+        limit = self.limit
+        while True:
+            low, high = -float(MAX_BITS), 1.0  # all groups have one bit; none is rounded down
+            rest = self._file(at(low)) - sum(p.nbytes for p in at(low).values())
+            if rest + sum(p.nbytes for p in at(low).values()) > limit:
+                raise BitfrontError(
+                    f"max_size cannot be kept: with one bit for all, the file has {self._file(at(low)):,} bytes, and "
+                    f"{self.limit:,} are allowed; a smaller min_size quantizes more"
+                )
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                fits = rest + sum(p.nbytes for p in at(middle).values()) <= limit
+                low, high = (middle, high) if fits else (low, middle)
+            excess = self._file(at(low)) - self.limit
+            if excess <= 0:
+                break
+            limit -= excess  # the header has a few digits more
+        for q in self.quantizers:
+            q.threshold.fill_(low)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """How many bits the codes may have, if groups of all widths are there, whose tables are the longest."""
+        shells = self._shells()
+        for p in shells.values():
+            p.bits = torch.arange(len(p.codes)).remainder(MAX_BITS).add(1).to(torch.uint8)
+        codes = sum(sum(bits * n for bits, n in enumerate(p.width_counts())) for p in shells.values())
+        self.room = 8.0 * (self.limit - self._file(shells)) + codes
+
+    def _shells(self) -> dict[str, Packed]:
+        """The tensors as they are stored, without their codes."""
+        found = {}
+        for name, q in zip(self.names, self.quantizers, strict=True):
+            packed: Any = q.encode(self.network[0].get_parameter(name).detach())  # type: ignore[attr-defined]
+            codes = packed.codes.new_zeros(1, 1, dtype=torch.int16).expand(packed.codes.shape)
+            found[name] = replace(packed, codes=codes)
+        return found
+
+    def _file(self, packed: Mapping[str, Packed]) -> int:
+        return len(Artifact.of(self.network[0], packed, self.about).to_bytes())
+
+
+def stored(widths: Tensor, shift: float | Tensor) -> Tensor:
+    """Whole widths."""
+    return (widths + shift).floor().clamp(1, MAX_BITS)
