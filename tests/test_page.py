@@ -59,7 +59,9 @@ def records() -> list[Record]:
     diverged.history[:] = [{"epoch": 1, "train/loss": math.nan}]
     far = []
     for bits, value in ((2, 12.5), (3, 80.0), (4, 81.0)):
-        far.append(changed(one, id=f"{bits}" * 10, setting=f"bits={bits}", task="far", primary=valued(one, value)))
+        metrics = {split: {**some, one.primary.name: value} for split, some in one.metrics.items()}
+        told = {"id": f"{bits}" * 10, "setting": f"bits={bits}", "task": "far", "metrics": metrics}
+        far.append(changed(one, **told, primary=valued(one, value)))
         far[-1].config["quant"]["bits"] = bits
     return [*found, strange, diverged, *far]
 

@@ -166,6 +166,7 @@ def _saved(
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         processes=processes()[1],
         calibration=model.log,
+        samples={split: len(task.loader(split, shared=False).dataset) for split in metrics},  # type: ignore[arg-type]
         artifact=str(run.artifact),
         artifact_sha256=sha256(run.artifact),
     )

@@ -105,6 +105,7 @@ class Record(Head):
         device: "cpu", or a GPU by its name.
         processes: that trained together.
         calibration: of each layer and block, how a method after training fared.
+        samples: by split, how many the metrics are of; none in older records.
     """
 
     primary: Primary
@@ -118,6 +119,7 @@ class Record(Head):
     device: str = "cpu"
     processes: int = 1
     calibration: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -150,7 +152,7 @@ class Record(Head):
     def as_json(self) -> dict[str, Any]:
         """The content of its file."""
         content = asdict(self)
-        return {key: value for key, value in content.items() if key != "calibration" or value}
+        return {key: value for key, value in content.items() if key not in ("calibration", "samples") or value}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Self:
@@ -185,6 +187,7 @@ def _check_nested(content: Mapping[str, Any], primary: Primary, sizes: Sizes) ->
         value for part in (*content["metrics"].values(), *content["stages"].values()) for value in part.values()
     ]
     numbers += [count for counts in content["widths"].values() for count in counts]
+    numbers += content.get("samples", {}).values()
     if not all(isinstance(value, (int, float)) for value in numbers):
         raise ValueError("a number is none")
     if not {"smoke", "seed", "init_from", "task", "train", "quant", "trainer"} <= content["config"].keys():

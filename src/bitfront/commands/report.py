@@ -16,10 +16,12 @@ Options:
     task=vit,lm                only these tasks
     method=diffq,lsq           only these methods
     max_size=0.3               only files of at most so many MiB
+    at=0.3                     which method to take for files of so many MiB, by validation data
     out=tables                 the folder to write to
     readme=README.md,a.md      files whose blocks between <!-- table:TASK --> and <!-- end --> are filled
 
-Sizes are those of the files on disk, in MiB; a star marks rows that no other row beats in both size and metric.
+Sizes are those of the files on disk, in MiB; a star marks rows that no other row beats in both size and
+validation metric.
 Published numbers are those of recipes/*/paper.csv.
 """
 
@@ -46,6 +48,7 @@ class Options:
     task: str = ""
     method: str = ""
     max_size: float = 0.0
+    at: float = 0.0
     out: str = ""
     readme: str = ""
 
@@ -81,6 +84,10 @@ def report(root: Path, chosen: Options) -> None:
     parts = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}
     for part in parts.values():
         tables.show(part, CONSOLE)
+    if chosen.at:
+        from bitfront.reports.answer import answer
+
+        CONSOLE.print("\n".join(line for part in parts.values() for line in answer(part, chosen.at)))
     CONSOLE.file.flush()
     out = Path(chosen.out or root / "report")
     out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ class Row:
         papers: published numbers of this cell, the closest first; their metrics are among the row's.
         changes: the primary metric less that of the network that a run starts from, on the test split, of the seeds
             whose start is among the records.
-        best: not beaten in both size and metric by any other row of its task.
+        best: not beaten in both size and validation metric by any other row of its task.
         shared: the words of its setting about network, data or trainer that all rows of its task have.
     """
 
@@ -231,11 +231,18 @@ def _share(table: Sequence[Row]) -> None:
 
 
 def front(table: Iterable[Row]) -> list[Row]:
-    """The rows that no other one beats in both size and metric, from the smallest up; a diverged one is none."""
+    """The rows that no other one beats in both size and metric, from the smallest up; a diverged one is none.
+
+    By the validation split, as the test split is to choose nothing; where it is not known of all, by that.
+    """
+    table = [row for row in table if isfinite(row.value)]
+    known = [row.valid for row in table if row.valid is not None and isfinite(row.valid)]
+    chosen_by = known if len(known) == len(table) else [row.value for row in table]
+    goodness = {id(row): row.better(value) for row, value in zip(table, chosen_by, strict=True)}
     found: list[Row] = []
-    for row in sorted((r for r in table if isfinite(r.value)), key=lambda r: (r.size, -r.better(r.value))):
+    for row in sorted(table, key=lambda row: (row.size, -goodness[id(row)])):
         last = found[-1] if found else row
-        if row.better(row.value) > last.better(last.value) or (row.size, row.value) == (last.size, last.value):
+        if goodness[id(row)] > goodness[id(last)] or (row.size, goodness[id(row)]) == (last.size, goodness[id(last)]):
             found.append(row)
     return found
 

@@ -31,7 +31,8 @@ def show(table: Sequence[Row], console: Console) -> None:
         grid.add_column(heading, justify="left" if column.words else "right", no_wrap=column.heading != SETTING)
     for line in zip(*cells[: len(least)], strict=True):
         grid.add_row(*line)
-    meaning = f"* not beaten in size and test {table[0].metric}; MiB of the file; file bits per parameter; minutes"
+    metric = table[0].metric
+    meaning = f"* not beaten in size and validation {metric}; MiB of the file; file bits per parameter; minutes"
     console.print(f"\n{table[0].task}\n", style="bold", soft_wrap=True)
     console.print(grid, soft_wrap=False)
     console.print("\n".join(["", f"{meaning} without evaluation", *notes(table)]), style="italic", soft_wrap=False)
@@ -138,7 +139,7 @@ def latex(table: Sequence[Row]) -> str:
         hrules=True,
         column_format="".join("l" if column.words else "r" for column in chosen),
         position_float="centering",
-        caption=tex("; ".join([f"{table[0].task}. * not beaten in size and metric", *notes(table)])),
+        caption=tex("; ".join([f"{table[0].task}. * not beaten in size and validation metric", *notes(table)])),
         label=f"tab:{table[0].task}",
     )
 

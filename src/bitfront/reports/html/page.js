@@ -79,8 +79,8 @@ function rowColumns(task) {
   const papers = task.rows.some((row) => row.paper || row.paper_file);
   return [
     { head: "method", lead: true, value: (r) => `${r.method} ${r.setting}`, cell: (r) => [swatch(LOOKS.get(r.method)), el("b", {}, r.method), el("span", { class: "setting" }, ` ${r.setting}`)] },
-    { head: "★", title: "not beaten in both size and metric", value: (r) => (r.best ? 0 : 1),
-      cell: (r) => [r.best && el("span", { class: "star", title: "not beaten in both size and metric", role: "img", "aria-label": "on the Pareto front" }, "★"),
+    { head: "★", title: "not beaten in both size and validation metric", value: (r) => (r.best ? 0 : 1),
+      cell: (r) => [r.best && el("span", { class: "star", title: "not beaten in both size and validation metric", role: "img", "aria-label": "on the Pareto front" }, "★"),
         r.dirty && el("span", { class: "warn", title: "with code that git does not have" }, "!")] },
     { head: "MiB", number: true, value: (r) => r.size, cell: (r) => show.size(r.size) },
     { head: `${task.metric} ${arrow(task)}`, title: "on the test split, mean ± standard deviation over seeds", number: true, value: (r) => r.value, cell: metric },
@@ -142,7 +142,7 @@ function taskPage(task) {
   const methods = [...new Set(task.rows.map((row) => row.method))].sort();
   const runs = task.rows.reduce((sum, row) => sum + row.runs.length, 0);
   const certainties = new Set(task.papers.map((p) => p.certainty));
-  const legend = ["★ not beaten in both size and metric", ...(task.shared ? [`all with ${task.shared}`] : []), ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
+  const legend = ["★ not beaten in both size and validation metric", ...(task.shared ? [`all with ${task.shared}`] : []), ...Object.entries(NOTES).filter(([c]) => certainties.has(c)).map(([c, text]) => `${DATA.certainty[c]} ${text}`),
     task.papers.some(differs) && "≠ of another network, or with quantized activations",
     task.rows.some((row) => row.dirty) && "! with code that git does not have"].filter(Boolean);
   const update = async () => {
