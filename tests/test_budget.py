@@ -62,18 +62,18 @@ def bound(options: list[list[Option]], limit: int) -> float:
         price = math.exp(log_price)
         return sum(min(o.loss + price * o.nbytes for o in some) for some in options) - price * limit
 
-    return max(dual(x) for x in np.linspace(-30, 5, 4000))
+    return max(dual(x) for x in np.linspace(-30, 5, 1000))
 
 
-@pytest.mark.parametrize("tensors", [20, 60, 200])
+@pytest.mark.parametrize("tensors", [20, 60, 300])
 def test_the_choice_is_close_to_the_bound(tensors: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         options = random_options(seed, tensors)
         limit = int(sum(o[0].nbytes for o in options) * 2.5)
         chosen = allocate(options, limit)
         assert chosen is not None
         size, loss = total(chosen)
-        assert size <= limit and loss <= bound(options, limit) * 1.03
+        assert size <= limit and loss <= bound(options, limit) * (1.03 if tensors < 300 else 1.005)
 
 
 def test_what_is_larger_and_no_better_is_never_chosen() -> None:

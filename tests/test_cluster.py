@@ -104,6 +104,7 @@ def test_each_cell_in_two_processes(root: Path) -> None:
     assert result.stdout.count("smaller than float") == 3
 
 
+@pytest.mark.slow
 def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -> None:
     """The second process must not wait for the first where it never comes."""
     words = ["task=vit", "smoke=true", "quant=float", "trainer.devices=2", f"root={root}", "trainer.accelerator=cpu"]

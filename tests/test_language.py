@@ -374,6 +374,7 @@ def test_impossible_recipes_are_refused(word: str) -> None:
         task("lm_wikitext103", word)
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_on_two_processes(wikitext: Path, tmp_path: Path) -> None:
     words = ("task=lm_wikitext103", "quant=diffq", "wandb=disabled", "trainer.accelerator=cpu", *SMALL)
     recipe = ("task.vocabulary=168", "train.epochs=3", "train.warmup_steps=10", f"root={tmp_path / 'runs'}")
