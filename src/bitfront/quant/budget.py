@@ -3,7 +3,7 @@
 
 The better one of two. The sums of one option of each tensor are built up tensor by tensor, and of all sums with as many
 bytes or fewer only the best is kept; of more than ``STATES``, of neighbours in size the best, with its exact bytes:
-with few tensors that is the optimum. Or a price of a byte decides for each tensor by itself (Lagrange's multiplier), and
+with few tensors that is the optimum. Or a price of a byte decides for each tensor by itself (Lagrange), and
 what is left over is spent step by step, which is close with many.
 """
 

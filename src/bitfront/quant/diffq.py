@@ -43,6 +43,7 @@ class DiffQQuantizer(Quantizer):
         self.method = method
         groups = grouped(w.detach(), method.group_size)
         self.group_numel = groups.shape[1]
+        self.least = method.min_bits
         self.logits = nn.Parameter(torch.full((len(groups),), method.initial_logit(), device=w.device))
         self.register_buffer("threshold", torch.tensor(0.5, device=w.device) if method.max_size else None)
 
@@ -53,7 +54,7 @@ class DiffQQuantizer(Quantizer):
     def stored_widths(self) -> Tensor:
         """Whole bits of each group on disk, ``[groups]``."""
         if self.threshold is not None:
-            return stored(self.widths().detach() + self.method.extra_bits, self.threshold)
+            return stored(self.widths().detach(), self.threshold, self.least)
         return (self.widths().detach() + self.method.extra_bits).round().clamp(1, MAX_BITS)
 
     def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +138,7 @@ class DiffQ(Trained):
             f"widths are whole numbers with 1 <= min_bits < init_bits < max_bits <= {MAX_BITS}, "
             f"got {self.min_bits}, {self.init_bits}, {self.max_bits}",
         )
+        check(not (self.max_size and self.extra_bits), "extra_bits are for a penalty; max_size has its own rounding")
 
     def widths(self, logits: Tensor) -> Tensor:
         """Bits of logits, elementwise."""

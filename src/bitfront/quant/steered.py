@@ -23,15 +23,17 @@ from bitfront.quant.layout import MAX_BITS
 from bitfront.quant.packed import Packed
 
 RAMP = 0.5  # share of the steps after which the size is reached
+NEAR = 1.02
 NEWTON = 4  # steps to the shift, of which the first is close
 HALVINGS = 30  # of the range in which the last shift is sought
 
 
 class Widths(Protocol):
-    """Of a quantizer: ``logits``, of which its widths are."""
+    """Of a quantizer: ``logits``, of which its widths are, the ``least`` of these, and what they are rounded with."""
 
     logits: nn.Parameter
     group_numel: int
+    least: int
     threshold: Tensor
 
     def widths(self) -> Tensor:
@@ -59,8 +61,9 @@ class Steering(nn.Module):
         self.names, self.network = tuple(quantizers), (network,)
         self.limit, self.about, self.steps = limit, dict(about), 0
         self.register_buffer("done", torch.zeros((), dtype=torch.long))
+        self.register_buffer("room", torch.zeros(()))
         self.start = self._size().item()
-        self.room = 0.0
+        self.least = sum(q.group_numel * len(q.logits) * q.least for q in self.quantizers)
 
     def project(self) -> None:
         """Take out of the logits' gradients what would change the size."""
@@ -71,8 +74,8 @@ class Steering(nn.Module):
             return
         normals = self._normals(logits)
         grads = [p.grad for p in logits if p.grad is not None]
-        power = sum((n * n).sum() for n in normals)
-        along = sum((g * n).sum() for g, n in zip(grads, normals, strict=True)) / power
+        power = torch.stack([(n * n).sum() for n in normals]).sum().clamp_min(1e-30)
+        along = torch.stack([(g * n).sum() for g, n in zip(grads, normals, strict=True)]).sum() / power
         for g, n in zip(grads, normals, strict=True):
             g.sub_(along * n)
 
@@ -81,12 +84,13 @@ class Steering(nn.Module):
         """Bring the size to where it is to be after this step."""
         self.get_buffer("done").add_(1)
         share = min(1.0, self.get_buffer("done").item() / (RAMP * self.steps))
-        wanted = self.start + share * (self.room - self.start)
+        room = max(self.get_buffer("room").item(), NEAR * self.least)  # a logit never gets to the least
+        wanted = self.start + share * (room - self.start)
         logits = [q.logits for q in self.quantizers]
         for _ in range(NEWTON):
             excess = self._size() - wanted
-            slope = sum(n.sum() for n in self._normals(logits))
-            t = (-excess / slope).clamp(-1.0, 1.0) if slope > 0 else torch.zeros(())
+            slope = torch.stack([n.sum() for n in self._normals(logits)]).sum().clamp_min(1e-30)
+            t = (-excess / slope).clamp(-1.0, 1.0)
             for p in logits:
                 p.add_(t)
             if abs(excess) < 1e-5 * wanted:
@@ -102,26 +106,20 @@ class Steering(nn.Module):
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Make the widths whole, such that the file has its size.
-
-        Raises:
-            BitfrontError: it cannot be so small.
-        """
+        """Make the widths whole, such that the file has its size."""
         shells = self._shells()
         widths = {name: q.widths() for name, q in zip(self.names, self.quantizers, strict=True)}
 
         def at(shift: float) -> dict[str, Packed]:
-            return {n: replace(shells[n], bits=stored(widths[n], shift).to(torch.uint8)) for n in self.names}
+            whole = {
+                name: stored(widths[name], shift, q.least) for name, q in zip(self.names, self.quantizers, strict=True)
+            }
+            return {name: replace(shells[name], bits=bits.to(torch.uint8)) for name, bits in whole.items()}
 
         limit = self.limit
         while True:
-            low, high = -float(MAX_BITS), 1.0  # all groups have one bit; none is rounded down
+            low, high = -float(MAX_BITS), 1.0  # all groups have the least; none is rounded down
             rest = self._file(at(low)) - sum(p.nbytes for p in at(low).values())
-            if rest + sum(p.nbytes for p in at(low).values()) > limit:
-                raise BitfrontError(
-                    f"max_size cannot be kept: with one bit for all, the file has {self._file(at(low)):,} bytes, and "
-                    f"{self.limit:,} are allowed; a smaller min_size quantizes more"
-                )
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
                 fits = rest + sum(p.nbytes for p in at(middle).values()) <= limit
@@ -132,15 +130,32 @@ class Steering(nn.Module):
             limit -= excess  # the header has a few digits more
         for q in self.quantizers:
             q.threshold.fill_(low)
+        chosen = at(low)
+        self._give(chosen)
 
     @torch.no_grad()
     def measure(self) -> None:
-        """How many bits the codes may have, if groups of all widths are there, whose tables are the longest."""
+        """Find out how many bits the codes may have; if groups of all widths are there, as long as that is not known.
+
+        Raises:
+            BitfrontError: the file cannot be so small.
+        """
         shells = self._shells()
+        for (name, p), q in zip(shells.items(), self.quantizers, strict=True):
+            shells[name] = replace(p, bits=torch.full((len(p.codes),), q.least, dtype=torch.uint8))
+        if (smallest := self._file(shells)) > self.limit:
+            raise BitfrontError(
+                f"max_size cannot be kept: with min_bits for all, the file has {smallest:,} bytes, and {self.limit:,} "
+                "are allowed; give fewer min_bits, or a smaller min_size, which quantizes more"
+            )
         for p in shells.values():
             p.bits = torch.arange(len(p.codes)).remainder(MAX_BITS).add(1).to(torch.uint8)
-        codes = sum(sum(bits * n for bits, n in enumerate(p.width_counts())) for p in shells.values())
-        self.room = 8.0 * (self.limit - self._file(shells)) + codes
+        self._give(shells)
+
+    def _give(self, packed: Mapping[str, Packed]) -> None:
+        """The codes get the bits that they have in a file, and those that are left."""
+        codes = sum(sum(bits * n for bits, n in enumerate(p.width_counts())) for p in packed.values())
+        self.get_buffer("room").fill_(8.0 * (self.limit - self._file(packed)) + codes)
 
     def _shells(self) -> dict[str, Packed]:
         """The tensors as they are stored, without their codes."""
@@ -155,6 +170,6 @@ class Steering(nn.Module):
         return len(Artifact.of(self.network[0], packed, self.about).to_bytes())
 
 
-def stored(widths: Tensor, shift: float | Tensor) -> Tensor:
+def stored(widths: Tensor, shift: float | Tensor, least: int) -> Tensor:
     """Whole widths."""
-    return (widths + shift).floor().clamp(1, MAX_BITS)
+    return (widths + shift).floor().clamp(least, MAX_BITS)
