@@ -265,7 +265,7 @@ def test_one_tensor_of_samples_is_cut_into_batches(quantize: Run) -> None:
     assert "5 batches to calibrate on, 2 others" in done.stdout
 
 
-@pytest.mark.parametrize("quant", ["rtn", "gptq", "decoupleq"])
+@pytest.mark.parametrize("quant", ["rtn", "gptq"])
 def test_a_size_is_kept_by_the_file(quantize: Run, quant: str) -> None:
     done = quantize.photos(f"quant={quant}", "max_size=0.3")
     assert done.returncode == 0, done.stderr

@@ -166,7 +166,7 @@ class DiffQ(Trained):
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         widths = torch.cat([p.bits.float().expand(len(p.codes)).cpu() for p in packed.values()] or [torch.zeros(1)])
-        if not self.penalty or widths.mean() < self.init_bits - 0.5:
+        if self.max_size or not self.penalty or widths.mean() < self.init_bits - 0.5:
             return []
         return [
             f"the widths have hardly moved from {self.init_bits} bits: a step changes them by at most lr={self.lr:g}; "

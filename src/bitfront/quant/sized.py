@@ -136,8 +136,9 @@ def _moments(
     sums = {stage[0]: Accumulator(stage[0]) for stage in stages}
     with undisturbed(network):
         for batch in data.batches:
+            valid = data.valid(batch)
             for accumulator in sums.values():
-                accumulator.valid = data.valid(batch)
+                accumulator.valid = valid
             with Watch({name: weights[name] for name in sums}, lambda name, use: sums[name].add(name, use)):
                 data.forward(network, batch)
     for accumulator in sums.values():
