@@ -61,8 +61,8 @@ def row(valid: list[float], size: float = 0.1, method: str = "gptq", samples: in
 
 def test_seeds_and_samples_tell_methods_apart_or_do_not() -> None:
     near, far, one = row([90.0, 90.2, 90.4]), row([91.0, 91.2, 91.4]), row([90.6])
-    assert apart(near, far, None) and not apart(near, one, 0.5) and not apart(near, one, None)
-    assert apart(near, row([95.0]), 0.5)
+    assert apart(near, far, None) and not apart(near, one, 0.5) and not apart(near, row([90.4]), None)
+    assert apart(near, row([95.0]), 0.5) and apart(near, row([95.0]), None) and not apart(row([95.0]), one, None)
     assert standard_error(near, "valid", 9.0) == pytest.approx(0.2 / math.sqrt(3))
     assert standard_error(one, "valid", 0.3) == 0.3 and standard_error(one, "valid", None) is None
     few = row([90.0, 90.2, 90.4], samples=360)

@@ -43,12 +43,11 @@ def answer(table: Sequence[Row], size: float) -> list[str]:
 
 
 def apart(a: Row, b: Row, usual: float | None) -> bool:
-    """Whether two rows' validation metrics differ by more than chance."""
-    errors = [standard_error(row, "valid", usual) for row in (a, b)]
-    if any(error is None for error in errors):
-        return False
+    """Whether two rows' validation metrics differ by more than chance. A row of which nothing tells that is taken to be
+    as sure as the other; if nothing does of either, they may not."""
+    errors = [error for row in (a, b) if (error := standard_error(row, "valid", usual)) is not None]
     assert a.valid is not None and b.valid is not None
-    return abs(a.valid - b.valid) > SURE * math.hypot(*(error or 0.0 for error in errors))
+    return bool(errors) and abs(a.valid - b.valid) > SURE * math.hypot(errors[0], errors[-1])
 
 
 def standard_error(row: Row, split: str, usual: float | None) -> float | None:
