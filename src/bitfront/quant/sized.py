@@ -24,13 +24,13 @@ from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import FixedBits, Method
 from bitfront.quant.decoupleq import fitted_range
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.model import MB
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.sensitivity import error, gradients, price
 from bitfront.quant.undisturbed import undisturbed
 
 M = TypeVar("M", bound=Method)
-MIB = 2**20
 WIDTHS = range(1, 9)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
 HELD = 1 << 30  # bytes of second moments at once; where there are more, the data are gone through again
@@ -74,7 +74,7 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
         network.eval()
         tried = _tried(network, method, weights, data)
     options = _costs(tried)
-    limit = room = int(method.max_size * MIB)
+    limit = room = int(method.max_size * MB)
     smallest = {name: some[0] for name, some in options.items()}
     rest = _size(network, tried, smallest, about) - sum(option.nbytes for option in smallest.values())
     while (chosen := allocate(list(options.values()), room - rest)) is not None:
@@ -202,8 +202,8 @@ def _too_small(
     whole, raw = len(artifact.to_bytes()), sum(t.nbytes for t in artifact.raw.values())
     tables = sum(2 * p.lo.nbytes for p in shells.values())
     return (
-        f"max_size={limit / MIB:.4g} MiB cannot be kept: at the smallest widths the file has {whole / MIB:.4g}, of "
-        f"which {raw / MIB:.3g} are tensors that stay float, {tables / MIB:.3g} scales and zeros, "
-        f"{(whole - artifact.payload) / MIB:.3g} names and layout; a smaller min_size quantizes more, and larger "
+        f"max_size={limit / MB:.4g} MiB cannot be kept: at the smallest widths the file has {whole / MB:.4g}, of "
+        f"which {raw / MB:.3g} are tensors that stay float, {tables / MB:.3g} scales and zeros, "
+        f"{(whole - artifact.payload) / MB:.3g} names and layout; a smaller min_size quantizes more, and larger "
         "groups, or scale_dtype=float16, have smaller tables"
     )
