@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from conftest import ConvNet, TiedGPT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from bitfront import RTN
 from bitfront.errors import ArtifactError
+from bitfront.quant import entropy
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
 from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.scales import Scales
 
 
 @given(width=st.integers(1, 15), n=st.integers(0, 70), seed=st.integers(0, 2**32 - 1))
@@ -44,23 +48,25 @@ def test_packing_is_bit_planes_lowest_first() -> None:
 
 
 def packed_tensors() -> st.SearchStrategy[Packed]:
-    """Mixed widths 1..15, scales per tensor or group, spans of either sign, sizes that do not divide."""
+    """Mixed widths 1..15, in many groups entropy-coded; scales per tensor or group, spans of either sign, tables of few
+    bits; sizes that do not divide."""
 
     @st.composite
     def build(draw: st.DrawFn) -> Packed:
-        numel, size = draw(st.integers(1, 60)), draw(st.integers(1, 9))
+        numel, size = draw(st.one_of(st.integers(1, 60), st.integers(1000, 3000))), draw(st.integers(1, 9))
         n = -(-numel // size)
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         low = draw(st.integers(1, 15))
         bits = rng.integers(low, draw(st.integers(low, 15)) + 1, n if draw(st.booleans()) else 1)
         scales = draw(st.sampled_from([1, n]))
         dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-        lo, span = (torch.from_numpy(rng.normal(size=scales)).to(dtype) for _ in range(2))
+        table = draw(st.sampled_from([0, 1, 6, 8])) if scales > 1 else 0
+        form = Scales(torch.float32, table) if table else Scales(dtype)
+        lo, span = (form.stored(torch.from_numpy(rng.normal(size=(1, scales))))[0] for _ in range(2))
         codes = rng.integers(0, 2 ** bits[:, None], (n, size))
         kind = torch.uint8 if bits.max() <= 8 else torch.int16
-        return Packed(
-            torch.from_numpy(codes).to(kind), torch.from_numpy(bits).to(torch.uint8), lo, span, torch.Size([numel])
-        )
+        whole, width = torch.from_numpy(codes).to(kind), torch.from_numpy(bits).to(torch.uint8)
+        return Packed(whole, width, lo, span, torch.Size([1, numel]), 0, table)
 
     return build()
 
@@ -74,6 +80,58 @@ def test_entry_restores_the_tensor(packed: Packed) -> None:
     assert torch.equal(again.decode(), packed.decode())
     assert torch.equal(again.codes, packed.codes)
     assert torch.equal(again.bits.expand(len(again.codes)), packed.bits.expand(len(packed.codes)))
+
+
+@given(st.lists(st.integers(0, 14), min_size=1, max_size=20), st.integers(1, 5000), st.integers(0, 1000))
+def test_symbols_take_as_many_bits_as_they_carry(kinds: list[int], n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    symbols = rng.choice(np.array(kinds, np.uint8), n, p=rng.dirichlet(np.full(len(kinds), 0.3)))
+    data = entropy.encode(symbols)
+    assert np.array_equal(entropy.decode(data, n), symbols)
+    counts = np.bincount(symbols)
+    share = counts[counts > 0] / n
+    carried = -n * (share * np.log2(share)).sum() / 8
+    assert len(data) <= 1.02 * carried + 40 + n / 150  # frequencies, states, frequencies that are not exact
+    assert abs(entropy.estimate(counts) - len(data)) <= 4 + n / 500
+    with pytest.raises(ArtifactError, match=r"too short|too long|none"):
+        entropy.decode(data[:-2], n)
+
+
+@given(st.binary(max_size=60), st.integers(1, 3000))
+def test_bytes_that_are_no_symbols_are_refused(data: bytes, n: int) -> None:
+    with suppress(ArtifactError):  # all but few of them
+        assert len(entropy.decode(np.frombuffer(data, np.uint8), n)) == n
+
+
+@given(table=st.integers(1, 8), n=st.integers(2, 9), seed=st.integers(0, 1000))
+def test_few_bits_are_relative_to_the_largest_of_a_row(table: int, n: int, seed: int) -> None:
+    x = torch.randn(6, n, generator=torch.Generator().manual_seed(seed)).abs() * torch.logspace(-3, 3, 6)[:, None]
+    x[0, 0], x[1] = -x[0].max() - 1, 0
+    form = Scales(torch.float32, table)
+    found = form.stored(x)
+    largest = x.abs().amax(1, keepdim=True)
+    assert ((found - x).abs()[2:] <= (0.5 / (2**table - 1) + 1e-3) * largest[2:]).all()
+    assert (found[0, 1:] == 0).all() and (found[1] == 0).all()  # of the other sign; nothing at all
+    assert torch.equal(form.stored(found), found)
+
+
+@pytest.mark.parametrize(
+    ("w", "wanted"),
+    [
+        (torch.randn(4, 64), torch.float16),
+        (torch.randn(4, 64) * 1e6, torch.float32),  # too large
+        (torch.randn(4, 64) * 1e-7, torch.float32),  # below its least step
+        (torch.randn(4, 64) * 1e-4 + 3, torch.float32),  # the distance of its numbers there is larger
+        (torch.full((4, 64), 0.7), torch.float16),
+    ],
+    ids=["usual", "large", "small", "narrow", "constant"],
+)
+def test_scales_are_wider_where_their_type_would_move_values(w: Tensor, wanted: torch.dtype) -> None:
+    for method in (RTN(bits=4, group_size=16), RTN(bits=4, group_size=16, scale_bits=6)):
+        packed, _ = method.solve(w, None)
+        assert packed.table or packed.lo.dtype == wanted
+        step = packed.span.abs().max() / 15
+        assert ((packed.decode() - w).abs() <= (0.76 if not packed.table else 1.5) * step + 1e-3 * w.abs()).all()
 
 
 @given(packed_tensors())
@@ -252,6 +310,12 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monk
         {"scales": 0},
         {"scales": 7},
         {"dtype": "int8"},
+        {"table": 9},
+        {"table": -1},
+        {"table": 4, "shape": [320, 1], "scales": 40},
+        {"coded": -1},
+        {"coded": 10**9},
+        {"coded": 3},
         {"dtype": "nn"},
         {"shape": [10**4000] * 400},  # whose product would take seconds
         {"shape": [1] * 1000},

@@ -355,7 +355,8 @@ def test_the_block_wise_stage_brings_the_output_closer() -> None:
     for epochs in (0, 20):
         network, data = small()
         wanted = output(network, data)
-        model = DecoupleQ(bits=2, J=epochs, block_lr=0.01, min_size=0.0).attach(network, data).eval()
+        method = DecoupleQ(bits=2, J=epochs, block_lr=0.01, min_size=0.0, scale_dtype="float32")
+        model = method.attach(network, data).eval()
         errors[epochs] = (output(model, data) - wanted).square().mean().item()
         held_out = [block["held_out"] for block in model.log["blocks"] if "held_out" in block]
         assert len(held_out) == (3 if epochs else 0)
@@ -516,7 +517,7 @@ def test_fine_tuning_trains_values_and_norms_alone() -> None:
 def test_values_that_are_learned_as_they_are_follow_the_gradient_of_scale_and_zero() -> None:
     """SGD on w = s (code - middle) + z, as in the paper; in relative units a scale of 0.01 moves 10,000 times less."""
     w, x = 0.01 * torch.randn(6, 8), torch.randn(8)
-    packed, _ = GPTQ(bits=2).solve(w, Moments(torch.eye(8).double()[None], 10))
+    packed, _ = GPTQ(bits=2, scale_dtype="float32").solve(w, Moments(torch.eye(8).double()[None], 10))
     s, z = (packed.span / 3).clone().requires_grad_(), (packed.lo + 2 * packed.span / 3).clone().requires_grad_()
     ((s[:, None] * (packed.codes.view(6, 8).float() - 2) + z[:, None]) @ x).square().sum().backward()
     frozen = Frozen(packed, True, relative=False)

@@ -37,6 +37,12 @@ def mixed(path: Path) -> Artifact:
     network["short"] = nn.Linear(10, 6)
     packed["short.weight"] = short
     packed[names[1]] = Packed.nearest(w, torch.tensor([5]), torch.tensor([-1.0]).half(), torch.tensor([2.0]).half(), 0)
+    network["tables"], network["narrow"], network["coded"] = nn.Linear(96, 7), nn.Linear(12, 7), nn.Linear(96, 70)
+    w, bits = network["coded"].weight.detach(), 2 + torch.randn(840).clamp(0, 2).round().int()
+    packed["coded.weight"] = Packed.nearest(w, bits, torch.tensor([-0.1]), torch.tensor([0.2]), 8)
+    of = {name: network.get_parameter(f"{name}.weight").detach() for name in ("tables", "narrow")}
+    packed["tables.weight"] = RTN(bits=3, group_size=8, scale_bits=5).solve(of["tables"], None)[0]
+    packed["narrow.weight"] = RTN(bits=2, group_size=4, scale_dtype="bfloat16").solve(of["narrow"], None)[0]
     artifact = Artifact.of(network, packed, {"note": "é"})
     artifact.save(path)
     return artifact
@@ -54,7 +60,8 @@ torch.save(load(sys.argv[2]), sys.argv[3])
 def test_a_program_with_the_reader_alone_gets_the_same_weights(tmp_path: Path) -> None:
     artifact = mixed(tmp_path / "net")
     assert {p.lo.dtype for p in artifact.packed.values()} == {torch.float32, torch.float16, torch.bfloat16}
-    assert any(p.rows for p in artifact.packed.values()) and any(len(p.bits) > 1 for p in artifact.packed.values())
+    layouts = [p.layout() for p in artifact.packed.values()]
+    assert all(any(layout.get(key) for layout in layouts) for key in ("rows", "table", "coded"))
     done = cli("export", f"artifact={tmp_path}/net", "format=torch", f"out={tmp_path}/reader.py")
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "reader.py").read_text().splitlines()) < 150
@@ -75,7 +82,7 @@ def test_the_reader_refuses_what_is_damaged_or_newer(tmp_path: Path) -> None:
     (tmp_path / "damaged").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         load(tmp_path / "damaged")
-    newer = (tmp_path / "net").read_bytes().replace(b'\\"version\\":2', b'\\"version\\":9')
+    newer = (tmp_path / "net").read_bytes().replace(b'\\"version\\":3', b'\\"version\\":9')
     (tmp_path / "newer").write_bytes(newer)
     with pytest.raises(ValueError, match="newer"):
         load(tmp_path / "newer")

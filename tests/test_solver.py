@@ -98,7 +98,8 @@ def test_blocks_change_nothing(move: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_gptq_with_uncorrelated_inputs_is_rounding_to_nearest() -> None:
     w = torch.randn(30, 40)
     for bits, size in ((2, -1), (4, 8), (8, -1)):
-        packed, _ = GPTQ(bits=bits, group_size=size).solve(w, Moments(torch.eye(40).double()[None] * 3, 100))
+        method = GPTQ(bits=bits, group_size=size, scale_dtype="float32")
+        packed, _ = method.solve(w, Moments(torch.eye(40).double()[None] * 3, 100))
         nearest = round_to_nearest(w, bits, size)
         assert (packed.codes != nearest.codes).float().mean() < 2e-3  # ties
         torch.testing.assert_close(packed.decode(), nearest.decode(), atol=float(nearest.span.max()) / 3, rtol=0)
@@ -192,6 +193,7 @@ def test_no_layer_is_worse_than_with_gptq_and_the_loss_only_falls(level: int) ->
         w = torch.randn(rows, columns, generator=g) * 10.0 ** torch.randint(-4, 3, (1,), generator=g)
         seen = Moments(moments(columns, seed, samples=columns // 2 + 40 * (seed % 3)), 100)
         common: dict[str, Any] = {"bits": 1 + seed % 5, "group_size": -1 if seed % 2 else 2, "symmetric": seed % 7 == 0}
+        common["scale_dtype"] = "float32"  # which rounds nothing: else the last step may cost a little
         gptq, _ = GPTQ(**common).solve(w, seen)
         found, log = DecoupleQ(**common, level=level, K=2).solve(w, seen)
         H = seen.curvature(0.01, True).H[0]
@@ -205,10 +207,10 @@ def test_the_papers_levels() -> None:
     seen = Moments(moments(64, 3), 256)
     w = torch.randn(40, 64)
 
-    def loss(**options: Any) -> float:
-        return seen.relative_loss(w, DecoupleQ(bits=2, **options).solve(w, seen)[0].decode())
+    def loss(kind: type[GPTQ] = DecoupleQ, **options: Any) -> float:
+        return seen.relative_loss(w, kind(bits=2, scale_dtype="float32", **options).solve(w, seen)[0].decode())
 
-    gptq = seen.relative_loss(w, GPTQ(bits=2).solve(w, seen)[0].decode())
+    gptq = loss(GPTQ)
     assert loss(level=2, N=1) == pytest.approx(gptq)
     assert loss(level=2, N=4) < 0.9 * gptq
     assert loss(level=1, N=4, M=50, K=4) < loss(level=1, N=4, M=50, K=0)
@@ -312,7 +314,7 @@ def test_degenerate_layers_are_solved(name: str, method: GPTQ, damping: float) -
     assert seen.relative_loss(w, values) <= max(2 * worst, 1e-6)
     flat = (w == w[:, :1]).all(1)
     assert log["flat_rows"] == int(flat.sum())
-    torch.testing.assert_close(values[flat], w[flat].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[flat], w[flat].float(), rtol=1e-3, atol=1e-6)  # of float16
     assert log["dead_inputs"] == {"dead inputs": 2, "no input at all": 24}.get(name, 0)
 
 
@@ -330,7 +332,7 @@ def test_one_column() -> None:
     w = torch.randn(8, 1)
     for method in (GPTQ(bits=2), DecoupleQ(bits=2), DecoupleQ(bits=2, level=2)):
         found, _ = method.solve(w, Moments(torch.ones(1, 1, 1).double(), 5))
-        torch.testing.assert_close(found.decode(), w, rtol=1e-4, atol=1e-5)  # one weight has its own grid
+        torch.testing.assert_close(found.decode(), w, rtol=1e-3, atol=1e-5)  # one weight has its own grid
 
 
 def test_a_damping_that_is_too_small_is_raised_and_recorded() -> None:
@@ -349,7 +351,7 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scales_are_solved_again_after_rounding_them(dtype: str) -> None:
     w, seen = torch.randn(20, 48), Moments(moments(48, 1), 200)
-    exactly, _ = DecoupleQ(bits=4, group_size=16).solve(w, seen)
+    exactly, _ = DecoupleQ(bits=4, group_size=16, scale_dtype="float32").solve(w, seen)
     found, _ = DecoupleQ(bits=4, group_size=16, scale_dtype=dtype).solve(w, seen)
     kind = getattr(torch, dtype)
     assert found.lo.dtype == found.span.dtype == kind
@@ -359,11 +361,15 @@ def test_scales_are_solved_again_after_rounding_them(dtype: str) -> None:
     again = Packed.from_bytes(found.to_bytes(), found.layout())
     assert torch.equal(again.decode(), found.decode())
     assert found.nbytes == exactly.nbytes - 4 * found.lo.numel()
-    with pytest.raises(BitfrontError, match="too large"):
-        GPTQ(scale_dtype="float16").solve(w * 1e6, seen)
 
 
-@pytest.mark.parametrize("method", [GPTQ(symmetric=True), DecoupleQ(symmetric=True, bits=3, group_size=12)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        GPTQ(symmetric=True, scale_dtype="float32"),
+        DecoupleQ(symmetric=True, bits=3, group_size=12, scale_dtype="float32"),
+    ],
+)
 def test_symmetric_grids_keep_zero(method: GPTQ) -> None:
     found, _ = method.solve(torch.randn(20, 48), Moments(moments(48, 1), 200))
     middle = 2 ** (method.bits - 1)
@@ -400,8 +406,8 @@ def test_a_grid_of_one_value_has_no_inverse() -> None:
 def test_weights_of_unknown_inputs_are_rounded_on_the_best_grid(symmetric: bool) -> None:
     w = torch.randn(50, 64) * torch.rand(50, 1) + (0 if symmetric else 3)
     for bits in (1, 2, 3, 8):
-        found, log = DecoupleQ(bits=bits, symmetric=symmetric).solve(w, None)
-        plain, _ = GPTQ(bits=bits, symmetric=symmetric).solve(w, None)
+        exact: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": "float32"}
+        (found, log), (plain, _) = (kind(**exact).solve(w, None) for kind in (DecoupleQ, GPTQ))
         assert log == {} and torch.equal(plain.decode(), round_to_nearest(w, bits, -1, symmetric).decode())
         errors = [(p.decode() - w).square().sum(1) for p in (found, plain)]
         assert (errors[0] <= errors[1] * 1.01).all() and (bits > 2 or errors[0].sum() < 0.8 * errors[1].sum())
@@ -411,7 +417,7 @@ def test_weights_of_unknown_inputs_are_rounded_on_the_best_grid(symmetric: bool)
     error = DecoupleQ(bits=2).solve(w, None)[0].decode() - w
     assert error.square().mean().item() == pytest.approx(0.1188, rel=0.02)  # of a Gaussian: Max 1960, table II
     constant, _ = DecoupleQ(bits=2).solve(torch.full((3, 8), 0.7), None)
-    torch.testing.assert_close(constant.decode(), torch.full((3, 8), 0.7))
+    torch.testing.assert_close(constant.decode(), torch.full((3, 8), 0.7), rtol=1e-3, atol=0)  # of float16
 
 
 @pytest.mark.parametrize(("columns", "groups"), [(64, 2), (64, 32)])

@@ -7,6 +7,8 @@ A file is safetensors: 8 bytes with the length of a JSON header, the header, the
 of bytes: widths of the groups, codes (bit planes, group widths from the smallest), lo, span; and means
 
     w = lo + span * code / (2**bits - 1)
+
+Widths are bit planes or entropy-coded (rANS); lo and span floats, or whole numbers relative to a float16 of the row.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
     header = json.loads(entries.pop("__metadata__")["bitfront"])
-    if header["version"] > 2:
+    if header["version"] > 3:
         raise ValueError(f"format {header['version']} is newer than this program")
     state, checksum = {}, 0
     for name in sorted(entries):
@@ -75,7 +77,8 @@ def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
         planes = np.unpackbits(take(width * length).reshape(width, length), axis=1, count=n, bitorder="little")
         return (planes.astype(np.int32) << np.arange(width)[:, None]).sum(0, dtype=np.int32)
 
-    bits = codes(groups, (highest - lowest).bit_length()) + lowest
+    coded = layout.get("coded")
+    bits = lowest + (_symbols(take(coded), groups) if coded else codes(groups, (highest - lowest).bit_length()))
     stored = np.ones((groups, size), bool)
     if rows:  # whose padding is not stored
         row = np.arange(-(-columns // size) * size) < columns
@@ -86,11 +89,37 @@ def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
         part = np.zeros((len(here), size), np.int32)
         part[stored[here]] = codes(int(stored[here].sum()), int(width))
         found[here] = part
-    kind = getattr(torch, layout["dtype"])
-    lo, span = (torch.from_numpy(take(layout["scales"] * kind.itemsize).copy()).view(kind).float() for _ in range(2))
+
+    def numbers(n: int) -> torch.Tensor:  # of the grids
+        if table := layout.get("table"):
+            q = torch.from_numpy(codes(n, table)).view(layout["shape"][0], -1)
+            top = torch.from_numpy(take(2 * len(q)).copy()).view(torch.float16)
+            return (q.float() / (2**table - 1) * top.float()[:, None]).view(-1)
+        kind = getattr(torch, layout["dtype"])
+        return torch.from_numpy(take(n * kind.itemsize).copy()).view(kind).float()
+
+    lo, span = numbers(layout["scales"]), numbers(layout["scales"])
     lo, span = (x.repeat_interleave(groups // layout["scales"])[:, None] for x in (lo, span))
     step = span / ((1 << torch.from_numpy(bits).int()) - 1)[:, None]
     values = torch.from_numpy(found).float() * step + lo
     if rows:
         values = values.reshape(rows, -1)[:, :columns]
     return values.reshape(-1)[:numel].reshape(layout["shape"])
+
+
+def _symbols(data: np.ndarray, n: int) -> np.ndarray:
+    """Of a stream of rANS: frequencies of 4096, states of lanes of 1024 symbols, words of 16 bits."""
+    k, lanes = int(data[0]) + 1, -(-n // 1024)
+    f = data[1 : 1 + 2 * k].copy().view("<u2").astype(np.int64)
+    symbol, below = np.repeat(np.arange(k), f), np.cumsum(f) - f
+    x = data[1 + 2 * k : 1 + 2 * k + 4 * lanes].copy().view("<u4").astype(np.int64)
+    words = data[1 + 2 * k + 4 * lanes :].copy().view("<u2").astype(np.int64)
+    rows, at = np.empty((-(-n // lanes), lanes), np.int64), 0
+    for row in rows:
+        slot = x & 4095
+        row[:] = symbol[slot]
+        x = f[row] * (x >> 12) + slot - below[row]
+        low = np.flatnonzero(x < 1 << 16)
+        x[low] = x[low] << 16 | words[at : at + len(low)]
+        at += len(low)
+    return rows.reshape(-1)[:n]

@@ -33,7 +33,9 @@ BORN: dict[str, Any] = {
     "quant.reestimate_bn": False,
     "quant.layers": None,
     "quant.max_size": 0.0,
+    "quant.scale_bits": 0,
 }
+BORN_TRAINED: dict[str, Any] = {"quant.scale_dtype": "float32"}  # of what trains; other methods always had one
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on
 TRIED = ("samples", "batch_size")  # of what trains: data that widths are tried on
 FINGERPRINT = "fingerprint"  # of the user's own data, of the tasks that have it
@@ -64,8 +66,9 @@ def identity(task: str, method: str, config: Mapping[str, Any], init: str | None
         kept["quant"] = {key: value for key, value in config["quant"].items() if key not in TRIED}
     if config["quant"].get("layers"):  # where patterns overlap, their order counts
         kept["quant"] = kept["quant"] | {"layers": list(config["quant"]["layers"].items())}
+    born = BORN if calibrated(config) else BORN | BORN_TRAINED
     told: dict[str, Any] = {
-        group: {key: value for key, value in values.items() if not _as_born(f"{group}.{key}", value)}
+        group: {key: value for key, value in values.items() if not _as_born(born, f"{group}.{key}", value)}
         for group, values in kept.items()
     }
     told |= {"names": [task, method], "seed": config["seed"], "smoke": config["smoke"], "init": init}
@@ -82,8 +85,8 @@ def trains(config: Mapping[str, Any]) -> bool:
     return not calibrated(config) or bool(config["quant"]["sft"])
 
 
-def _as_born(key: str, value: Any) -> bool:
-    return key in BORN and value == BORN[key] and isinstance(value, bool) == isinstance(BORN[key], bool)
+def _as_born(born: Mapping[str, Any], key: str, value: Any) -> bool:
+    return key in born and value == born[key] and isinstance(value, bool) == isinstance(born[key], bool)
 
 
 def _canonical(value: Any) -> Any:

@@ -27,7 +27,7 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import duplicate, parametrized, resolve
 
 REMEDY = "copy it again, or make it anew"
-VERSION = 2  # of files with groups of a row by themselves; those without are of version 1
+VERSION = 3  # of files with tables of few bits or coded widths; 2 of those with groups of a row by themselves; else 1
 
 
 @dataclass
@@ -77,9 +77,11 @@ class Artifact:
         """The file."""
         tensors = self.raw | {name: packed.to_bytes() for name, packed in self.packed.items()}
         tensors = _apart(tensors)
+        layouts = {name: packed.layout() for name, packed in self.packed.items()}
+        later = {key for layout in layouts.values() for key in layout}
         header = {
-            "version": VERSION if any(packed.rows for packed in self.packed.values()) else 1,
-            "quantized": {name: packed.layout() for name, packed in self.packed.items()},
+            "version": 3 if later & {"table", "coded"} else 2 if "rows" in later else 1,
+            "quantized": layouts,
             "tied": self.tied,
             "crc32": _checksum(tensors),
             "about": self.about,

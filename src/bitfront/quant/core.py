@@ -159,12 +159,28 @@ class FixedBits(Sampled):
     Attributes:
         bits: 1..15.
         group_size: weights that share a range or step: n consecutive ones, -1 a row, 0 the whole tensor.
+        scale_dtype: in which these are stored: "float32", "float16" or "bfloat16"; float32 for a tensor whose values
+            that would move.
     """
 
     bits: int = 4
     group_size: int = 0
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size")
-    ranges: ClassVar[Ranges] = {"bits": "1..15", "group_size": "-1.."}
+    scale_dtype: str = "float32"
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "scale_dtype")
+    ranges: ClassVar[Ranges] = {
+        "bits": "1..15",
+        "group_size": "-1..",
+        "scale_dtype": ("float32", "float16", "bfloat16"),
+    }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored scales."""
+        return getattr(torch, self.scale_dtype)
+
+    def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
+        wider = [name for name, p in packed.items() if not p.table and p.lo.dtype != self.of(name).dtype]
+        return [f"{self.scale_dtype} would move the values of {', '.join(wider)}: float32 scales"] if wider else []
 
 
 def check(holds: bool, message: str) -> None:

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed, as_stored, grouped, middle_code
+from bitfront.quant.packed import Packed, grouped, middle_code
+from bitfront.quant.rounding import on_stored_grid
 from bitfront.quant.solver import Grid, Layer, Solution
 from bitfront.ranges import Ranges
 
@@ -64,8 +65,8 @@ class DecoupleQ(GPTQ):
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is not None:
             return super().solve(w, inputs)
-        lo, span = (as_stored(x, self.dtype) for x in fitted_range(w, self.bits, self.group_size, self.symmetric))
-        return Packed.nearest(w, torch.tensor([self.bits], device=w.device), lo, span, self.group_size), {}
+        lo, span = fitted_range(w, self.bits, self.group_size, self.symmetric)
+        return on_stored_grid(w, self.bits, lo, span, self.group_size, self.dtype, self.scale_bits), {}
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         steps = super().steps(layer)

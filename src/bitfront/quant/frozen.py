@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, middle_code
+from bitfront.quant.rounding import by_rows
+from bitfront.quant.scales import Scales
 
 
 class Frozen(Quantizer):
@@ -24,6 +26,7 @@ class Frozen(Quantizer):
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
         self.shape, self.rows = packed.shape, packed.rows
+        self.scales, self.by_rows = Scales(packed.lo.dtype, packed.table), by_rows(packed.lo, packed.shape).shape
         self.settings, self.fixed = {"bits": int(packed.bits.max())}, not trainable
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
@@ -40,21 +43,29 @@ class Frozen(Quantizer):
     def packed(self) -> Packed:
         codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
         if self.gain is not None:
-            learned, dtype = self._learned(), lo.dtype
-            lo, span = learned[0].detach().to(dtype), learned[1].detach().to(dtype)
-        return Packed(codes, bits, lo, span, self.shape, self.rows)
+            lo, span = (self.scales.stored(x.detach().view(self.by_rows)).flatten() for x in self._learned())
+        return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         assert self.gain is not None and self.shift is not None
         unit = self.get_buffer("unit")
         return unit * (self.shift - self.gain * self.middle), unit * self.gain * self.levels
 
+    def _seen(self) -> list[Tensor]:
+        """``lo`` and ``span`` as they would be stored, with the gradients of what is learned."""
+        found = []
+        for x in self._learned():
+            stored = self.scales.stored(x.detach().view(self.by_rows)).flatten().to(x.dtype)
+            found.append(x + (stored - x.detach()))
+        return found
+
     def values(self) -> Tensor:
         """The weight, float32, differentiable in what is learned."""
         if self.gain is None:
             return self.packed.decode()
         codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
-        return Packed(codes, bits, *self._learned(), self.shape, self.rows).decode()
+        lo, span = self._seen()
+        return Packed(codes, bits, lo, span, self.shape, self.rows).decode()
 
     def surrogate(self, w: Tensor) -> Tensor:
         return self.values()

@@ -20,7 +20,9 @@ from torch import Tensor
 from bitfront.quant.core import check
 from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed, code_dtype
+from bitfront.quant.rounding import by_rows, min_max
 from bitfront.quant.rtn import RTN
+from bitfront.quant.scales import Scales
 from bitfront.quant.solver import Layer, Solution, solve_rows
 from bitfront.ranges import Ranges
 
@@ -33,7 +35,7 @@ class GPTQ(RTN):
         bits: 1..8.
         group_size: consecutive weights of a row that share scale and zero; -1 for the row. What is left over at the end
             of a row is a shorter group.
-        symmetric, scale_dtype: as in ``RTN``.
+        symmetric, scale_dtype, scale_bits: as in ``RTN``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
     """
@@ -57,7 +59,7 @@ class GPTQ(RTN):
         log = {"power": 0.0}
 
         def solve(rows: Tensor) -> Solution:
-            layer = Layer(rows, curvature, self.bits, size, self.symmetric, self.dtype)
+            layer = Layer(rows, curvature, self.bits, size, self.symmetric, scales)
             steps = self.steps(layer)
             for name, solution in steps:
                 log[name] = log.get(name, 0.0) + in_all(solution.loss)
@@ -69,6 +71,8 @@ class GPTQ(RTN):
 
         rows = w.float().reshape(inputs.batch, -1, inputs.columns)
         rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
+        lo, span = (by_rows(x, w.shape) for x in min_max(rows, size))
+        scales = Scales.fitting(self.dtype, self.scale_bits, lo, span, self.bits)
         solution = solve_rows(rows, rows.shape[2] // size, solve)
         power = log.pop("power") or 1.0
         flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
@@ -78,7 +82,7 @@ class GPTQ(RTN):
             "dead_inputs": int(curvature.dead.sum()) - padding * inputs.batch,
             "flat_rows": int(flat.sum()),
         }
-        return packed(solution, w.shape, self.bits, self.dtype, padding), about
+        return packed(solution, w.shape, self.bits, scales, padding), about
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         """The solution after each step, by name; the last one counts."""
@@ -87,11 +91,11 @@ class GPTQ(RTN):
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 
 
-def packed(solution: Solution, shape: torch.Size, bits: int, dtype: torch.dtype, padding: int = 0) -> Packed:
+def packed(solution: Solution, shape: torch.Size, bits: int, scales: Scales, padding: int = 0) -> Packed:
     """A solution as it is stored, without the columns of padding."""
-    by_rows = {name: getattr(solution, name).transpose(1, 2) for name in ("codes", "scale", "zero")}
-    levels = 2**bits - 1
-    codes = by_rows["codes"].reshape(by_rows["scale"].numel(), -1).to(code_dtype(levels))
-    lo, span = (x.reshape(-1).to(dtype) for x in (by_rows["zero"], by_rows["scale"] * levels))
+    codes, scale, zero = (x.transpose(1, 2) for x in (solution.codes, solution.scale, solution.zero))
+    levels, groups = 2**bits - 1, scale.shape[2]
+    codes = codes.reshape(scale.numel(), -1).to(code_dtype(levels))
+    lo, span = (scales.stored(x.reshape(-1, groups)).flatten() for x in (zero, scale * levels))
     width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)
-    return Packed(codes, width, lo, span, shape, shape[0] if padding else 0)
+    return Packed(codes, width, lo, span, shape, shape[0] if padding else 0, scales.table)

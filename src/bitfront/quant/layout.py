@@ -12,6 +12,7 @@ from typing import Any
 from bitfront.errors import ArtifactError
 
 MAX_BITS = 15  # codes fit int16
+MAX_TABLE = 8
 DIMENSIONS = 64  # of a tensor, and more
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -26,7 +27,8 @@ class Layout:
         lowest, highest: widths of groups, in bits.
         scales: how many pairs of numbers stand behind the codes.
         dtype: of these.
-        rows: as in ``Packed``.
+        rows, table: as in ``Packed``.
+        coded: bytes of the entropy-coded widths; 0 where they are bit planes.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +38,8 @@ class Layout:
     scales: int
     dtype: str
     rows: int
+    table: int
+    coded: int
 
     @classmethod
     def read(cls, told: Mapping[str, Any], nbytes: int) -> Layout:
@@ -49,11 +53,12 @@ class Layout:
             ArtifactError: it cannot.
         """
         try:
-            (lowest, highest), rows = told["bits"], told.get("rows", 0)
-            layout = cls(tuple(told["shape"]), told["group_size"], lowest, highest, told["scales"], told["dtype"], rows)
+            (lowest, highest), rest = told["bits"], [told.get(key, 0) for key in ("rows", "table", "coded")]
+            shape, dtype = tuple(told["shape"]), told["dtype"]
+            layout = cls(shape, told["group_size"], lowest, highest, told["scales"], dtype, *rest)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a layout of the header is incomplete ({error!r}); the file is damaged") from None
-        whole = (*layout.shape, layout.group_size, lowest, highest, layout.scales, rows)
+        whole = (*shape, layout.group_size, lowest, highest, layout.scales, *rest)
         short = len(whole) < DIMENSIONS and all(type(n) is int and n <= 8 * nbytes for n in whole)
         if not short or not layout._holds(nbytes):  # products of long numbers would take minutes
             said = reprlib.repr(dict(told)) if short else "of the header"
@@ -81,8 +86,12 @@ class Layout:
             and 1 <= self.lowest <= self.highest <= MAX_BITS
             and self.dtype in DTYPES
             and self.rows >= 0
+            and 0 <= self.table <= MAX_TABLE
+            and self.coded >= 0
         )
         if not ranges or (self.rows and (self.size % self.rows or self.group_size > self.columns)):
+            return False
+        if self.table and (not self.shape or self.scales % self.shape[0]):
             return False
         stored = self.size if self.rows else self.groups * self.group_size  # codes
         return self.groups % self.scales == 0 and stored * self.lowest <= 8 * nbytes

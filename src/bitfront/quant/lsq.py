@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, grouped, ungrouped
+from bitfront.quant.rounding import on_stored_grid
 from bitfront.ranges import Ranges
 
 
 class LSQQuantizer(Quantizer):
     """One learned step per tensor, row or group."""
 
-    def __init__(self, w: Tensor, bits: int, group_size: int) -> None:
+    def __init__(self, w: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.width, self.group_size = bits, group_size
+        self.width, self.group_size, self.dtype = bits, group_size, dtype
         self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         largest = max(self.high, 1)  # 1 bit has the codes -1 and 0
         groups = grouped(w.detach().float(), group_size)
@@ -51,8 +52,8 @@ class LSQQuantizer(Quantizer):
 
     def encode(self, w: Tensor) -> Packed:
         step = self.positive_step()
-        bits = torch.tensor([self.width], device=w.device)
-        return Packed.nearest(w, bits, self.low * step, (self.high - self.low) * step, self.group_size)
+        lo, span = self.low * step, (self.high - self.low) * step
+        return on_stored_grid(w, self.width, lo.detach(), span.detach(), self.group_size, self.dtype)
 
     def bits(self) -> Tensor:
         return torch.tensor(self.size)
@@ -70,7 +71,7 @@ class LSQ(FixedBits, Trained):
     ranges: ClassVar[Ranges] = {"lr": "[0, inf)"}
 
     def quantizer(self, w: Tensor) -> LSQQuantizer:
-        return LSQQuantizer(w, self.bits, self.group_size)
+        return LSQQuantizer(w, self.bits, self.group_size, self.dtype)
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         return torch.optim.Adam(parameters, lr=self.lr) if self.lr else None

@@ -9,21 +9,24 @@ evaluation is defined by it. As bytes, a tensor is
 
     widths of the groups | codes of all groups of the smallest width | ... of the largest width | lo | span
 
-where codes are bit planes: plane ``i`` holds bit ``i`` of every code.
+where codes are bit planes: plane ``i`` holds bit ``i`` of every code. The widths are bit planes too, or ``entropy``'s
+bytes if these are fewer. ``lo`` and ``span`` are floats each, or ``scales``' few bits: bit planes | tops of the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.errors import ArtifactError
+from bitfront.quant import entropy
 from bitfront.quant.layout import Layout
+from bitfront.quant.scales import coarse, fine
 
 _CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
 
@@ -113,6 +116,7 @@ class Packed:
         shape: of the tensor; the last group may be padded beyond it.
         rows: where each row is cut into groups by itself and its last group is padded, how many there are; 0 where the
             tensor is cut as a whole. The rows' padding is not stored.
+        table: bits in which ``lo`` and ``span``, then float32, are stored; 0 for their own type.
     """
 
     codes: Tensor
@@ -121,6 +125,7 @@ class Packed:
     span: Tensor
     shape: torch.Size
     rows: int = 0
+    table: int = 0
 
     @staticmethod
     def grid(bits: Tensor, lo: Tensor, span: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,26 +137,28 @@ class Packed:
 
     @classmethod
     @torch.no_grad()
-    def nearest(cls, w: Tensor, bits: Tensor, lo: Tensor, span: Tensor, group_size: int) -> Packed:
+    def nearest(cls, w: Tensor, bits: Tensor, lo: Tensor, span: Tensor, group_size: int, table: int = 0) -> Packed:
         """Round every weight to the nearest value of its group's grid (ties to the even code).
 
         Args:
             w: finite weights, any shape and float type.
             bits: ``[groups]`` or ``[1]``, integers 1..15.
-            lo, span: ``[scales]``.
+            lo, span: ``[scales]``, as they are stored.
             group_size: as in ``grouped``.
+            table: as of the attribute.
         """
         groups = grouped(w.float(), group_size)
         first, step, largest = cls.grid(bits, lo, span, len(groups))
         step = torch.where(step == 0, 1.0, step)  # a constant tensor: every code is 0
         codes = (groups - first).div_(step).round_().clamp_(min=0)
         torch.minimum(codes, largest.to(codes.dtype), out=codes)
-        return cls(codes.to(code_dtype(int(largest.max()))), bits.to(torch.uint8), lo.detach(), span.detach(), w.shape)
+        codes = codes.to(code_dtype(int(largest.max())))
+        return cls(codes, bits.to(torch.uint8), lo.detach(), span.detach(), w.shape, 0, table)
 
     def to(self, device: torch.device) -> Packed:
         """On a device."""
         codes, bits, lo, span = (x.to(device) for x in (self.codes, self.bits, self.lo, self.span))
-        return Packed(codes, bits, lo, span, self.shape, self.rows)
+        return replace(self, codes=codes, bits=bits, lo=lo, span=span)
 
     def decode(self) -> Tensor:
         """The weights, float32 of ``shape``; the same bits on every device (no fused multiply-add)."""
@@ -163,8 +170,7 @@ class Packed:
 
     def rule_bits(self) -> int:
         """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
-        codes = sum(width * n for width, n in enumerate(self.width_counts()))
-        return codes + 16 * self.lo.itemsize * self.lo.numel()
+        return sum(width * n for width, n in enumerate(self.width_counts())) + 8 * self._scales_bytes()
 
     def layout(self) -> dict[str, Any]:
         """What the header says of this tensor; with it the entry's bytes can be read."""
@@ -175,6 +181,8 @@ class Packed:
             "scales": self.lo.numel(),
             "dtype": str(self.lo.dtype).removeprefix("torch."),
             **({"rows": self.rows} if self.rows else {}),
+            **({"table": self.table} if self.table else {}),
+            **({"coded": len(coded)} if (coded := self._coded()) is not None else {}),
         }
 
     def width_counts(self) -> list[int]:
@@ -190,9 +198,38 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of the entry in the file."""
-        table = packed_bytes(len(self.codes), (int(self.bits.max()) - int(self.bits.min())).bit_length())
-        streams = sum(packed_bytes(n, width) for width, n in enumerate(self.width_counts()))
-        return table + streams + 2 * self.lo.numel() * self.lo.itemsize
+        return self._codes_bytes() + len(self._widths()) + self._scales_bytes()
+
+    @property
+    def estimate(self) -> int:
+        """About as many, in no time."""
+        widths = torch.bincount(self.bits.long().expand(len(self.codes)).cpu() - int(self.bits.min())).numpy()
+        plain = packed_bytes(len(self.codes), (len(widths) - 1).bit_length())
+        return self._codes_bytes() + min(plain, entropy.estimate(widths)) + self._scales_bytes()
+
+    def _codes_bytes(self) -> int:
+        return sum(packed_bytes(n, width) for width, n in enumerate(self.width_counts()))
+
+    def _scales_bytes(self) -> int:
+        if self.table:
+            return 2 * (packed_bytes(self.lo.numel(), self.table) + 2 * self.shape[0])
+        return 2 * self.lo.numel() * self.lo.itemsize
+
+    def _offsets(self) -> np.ndarray:
+        """Of the widths from the smallest one, uint8 ``[groups]``."""
+        bits = np.broadcast_to(self.bits.cpu().numpy(), len(self.codes))
+        return bits - bits.min()
+
+    def _coded(self) -> np.ndarray | None:
+        """The widths in fewer bytes than bit planes, if that is so."""
+        offsets = self._offsets()
+        plain = packed_bytes(len(offsets), int(offsets.max()).bit_length())
+        coded = entropy.encode(offsets) if plain > entropy.LEAST else None
+        return coded if coded is not None and len(coded) < plain else None
+
+    def _widths(self) -> np.ndarray:
+        offsets = self._offsets()
+        return pack(offsets, int(offsets.max()).bit_length()) if (coded := self._coded()) is None else coded
 
     def to_bytes(self) -> Tensor:
         """The entry in the file, uint8 ``[bytes]``."""
@@ -200,14 +237,19 @@ class Packed:
         codes = codes.view(np.uint16) if codes.dtype == np.int16 else codes
         bits = np.broadcast_to(self.bits.cpu().numpy(), len(codes))
         lowest, highest = int(bits.min()), int(bits.max())
-        parts = [pack(bits - np.uint8(lowest), (highest - lowest).bit_length())]
+        parts = [self._widths()]
         stored = self._kept() if self.rows else None
         for width in np.unique(bits).tolist():
             here = codes if lowest == highest else codes[bits == width]
             if stored is not None:
                 here = here[stored if lowest == highest else stored[bits == width]]
             parts.append(pack(here.ravel(), width))
-        parts += [x.contiguous().view(torch.uint8).cpu().numpy() for x in (self.lo, self.span)]
+        for x in (self.lo.cpu(), self.span.cpu()):
+            if self.table:
+                q, tops = coarse(x.view(self.shape[0], -1), self.table)
+                parts += [pack(q.numpy().ravel(), self.table), tops.ravel().view(torch.uint8).numpy()]
+            else:
+                parts.append(x.contiguous().view(torch.uint8).numpy())
         return torch.from_numpy(np.concatenate(parts))
 
     @classmethod
@@ -229,21 +271,25 @@ class Packed:
             head, rest = rest[:n], rest[n:]
             return head
 
-        table = (at.highest - at.lowest).bit_length()
-        bits = unpack(take(packed_bytes(at.groups, table)), table, at.groups) + np.uint8(at.lowest)
+        width = (at.highest - at.lowest).bit_length()
+        offsets = (
+            entropy.decode(take(at.coded), at.groups)
+            if at.coded
+            else unpack(take(packed_bytes(at.groups, width)), width, at.groups)
+        )
+        bits = offsets + np.uint8(at.lowest)
         if (bits.min(), bits.max()) != (at.lowest, at.highest):
             raise ArtifactError("an entry has other widths than its header says; the file is damaged")
         stored = kept(at.columns, at.group_size, at.rows) if at.rows else None
         codes = _codes(take, bits, at.group_size, stored)
-        dtype = getattr(torch, at.dtype)
-        lo, span = (torch.from_numpy(take(at.scales * dtype.itemsize).copy()).view(dtype) for _ in range(2))
+        lo, span = (_numbers(take, at) for _ in range(2))
         if rest.size:
             raise ArtifactError("an entry is longer than its header says; the file is damaged, write it again")
         if not torch.isfinite(lo.float() + span.float()).all():  # which neither may make infinite, nor both
             raise ArtifactError("an entry has scales that are not finite; the file is damaged")
         codes_tensor = torch.from_numpy(codes if at.highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if at.lowest == at.highest else bits)
-        return cls(codes_tensor, bits_tensor, lo, span, torch.Size(at.shape), at.rows)
+        return cls(codes_tensor, bits_tensor, lo, span, torch.Size(at.shape), at.rows, at.table)
 
 
 def _codes(
@@ -264,15 +310,14 @@ def _codes(
     return codes
 
 
-def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of a grid in the type that they are stored in.
-
-    Raises:
-        BitfrontError: they are too large for it.
-    """
-    if not torch.isfinite(stored := x.to(dtype)).all():
-        raise BitfrontError(f"weights are too large for scales in {dtype}; choose another quant.scale_dtype")
-    return stored
+def _numbers(take: Callable[[int], np.ndarray], at: Layout) -> Tensor:
+    """``lo`` or ``span``, ``[scales]``."""
+    if at.table:
+        q = unpack(take(packed_bytes(at.scales, at.table)), at.table, at.scales).reshape(at.shape[0], -1)
+        tops = torch.from_numpy(take(2 * at.shape[0]).copy()).view(torch.float16)
+        return fine(torch.from_numpy(q), tops[:, None], at.table).view(-1)
+    dtype = getattr(torch, at.dtype)
+    return torch.from_numpy(take(at.scales * dtype.itemsize).copy()).view(dtype)
 
 
 def middle_code(bits: int) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bitfront.quant.calibration import PostTraining
@@ -24,26 +23,23 @@ class RTN(PostTraining, FixedBits):
 
     Attributes:
         bits: 1..15.
-        group_size: weights that share a range: n consecutive ones, -1 a row, 0 the whole tensor.
+        group_size, scale_dtype: as in ``FixedBits``.
         symmetric: the middle code stands for 0, up to the rounding of what is stored.
-        scale_dtype: in which the range is stored: "float32", "float16" or "bfloat16".
+        scale_bits: in which the ranges of a row's groups are stored, relative to a pair of float16 for the row: 1..8,
+            or 0 for ``scale_dtype``. Codes and zeros are fitted to what that makes of them.
     """
 
     group_size: int = -1
+    scale_dtype: str = "float16"
     symmetric: bool = False
-    scale_dtype: str = "float32"
+    scale_bits: int = 0
     sees_inputs: ClassVar[bool] = False
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "scale_dtype")
-    ranges: ClassVar[Ranges] = {"scale_dtype": ("float32", "float16", "bfloat16")}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored scales."""
-        return getattr(torch, self.scale_dtype)
+    per_layer: ClassVar[tuple[str, ...]] = (*FixedBits.per_layer, "symmetric", "scale_bits")
+    ranges: ClassVar[Ranges] = {"scale_bits": "0..8"}
 
     @property
     def keeps_zero(self) -> bool:
         return self.symmetric
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
-        return round_to_nearest(w, self.bits, self.group_size, self.symmetric, self.dtype), {}
+        return round_to_nearest(w, self.bits, self.group_size, self.symmetric, self.dtype, self.scale_bits), {}

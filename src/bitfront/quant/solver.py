@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.packed import as_stored, middle_code
+from bitfront.quant.packed import middle_code
+from bitfront.quant.scales import Scales
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
@@ -136,8 +137,8 @@ class Solution(Grid):
     loss: Tensor
 
     def or_better(self, other: Solution) -> Solution:
-        """This, but for the rows in which the other one is better."""
-        better = other.loss < self.loss
+        """This, but for the rows in which the other one is better, or this is out of what can be stored."""
+        better = (other.loss < self.loss) | self.loss.isnan()
         scale, zero, codes = (
             torch.where(better[:, None], getattr(other, name), getattr(self, name))
             for name in ("scale", "zero", "codes")
@@ -154,7 +155,7 @@ class Layer:
         bits: 1..8.
         group_size: columns that share a scale and a zero; divides the columns.
         symmetric: tie the zero to the scale, so that the middle code means 0.
-        dtype: in which the grid is stored.
+        scales: how the grid is stored.
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class Layer:
         bits: int,
         group_size: int,
         symmetric: bool = False,
-        dtype: torch.dtype = torch.float32,
+        scales: Scales = Scales(),  # noqa: B008 frozen
     ) -> None:
-        self.dtype = dtype
+        self.scales = scales
         self.w = w.float().transpose(1, 2).contiguous()
         self.curvature, self.H, self.symmetric = curvature, curvature.H, symmetric
         self.levels = 2**bits - 1
@@ -196,13 +197,19 @@ class Layer:
 
     def as_stored(self, grid: Grid) -> Grid:
         """The grid that is left of one when its zero and span are stored."""
-        span, zero = (as_stored(x, self.dtype).float() for x in (grid.scale * self.levels, grid.zero))
+
+        def rounded(x: Tensor) -> Tensor:  # a row is one of the batch's
+            return (
+                self.scales.stored(x.transpose(1, 2).reshape(-1, self.groups)).float().view(self.batch, -1, self.groups)
+            )
+
+        span, zero = (rounded(x).transpose(1, 2) for x in (grid.scale * self.levels, grid.zero))
         return Grid(span / self.levels, zero)
 
     def stored(self, solution: Solution) -> Solution:
         """A solution on a grid that survives storing: the zeros, then the codes are fitted to the rounded scales."""
         grid, codes = self.as_stored(solution), solution.codes
-        if self.dtype != torch.float32:
+        if self.scales != Scales():
             grid = self.as_stored(self.fit(codes, grid, fixed=grid.scale))
             codes = self.descend(codes, grid)
         return self.solution(codes, grid)

@@ -22,9 +22,9 @@ from bitfront.quant.rounding import round_to_nearest
 class STEQuantizer(Quantizer):
     """Sees the stored weight, sends the gradient to the float weight unchanged."""
 
-    def __init__(self, w: Tensor, bits: int, group_size: int) -> None:
+    def __init__(self, w: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.width, self.group_size = bits, group_size
+        self.width, self.group_size, self.dtype = bits, group_size, dtype
         groups = grouped(w.detach(), group_size)
         self.size = float(bits * groups.numel() + 64 * len(groups))
 
@@ -32,7 +32,7 @@ class STEQuantizer(Quantizer):
         return w + (self.encode(w).decode() - w).detach()
 
     def encode(self, w: Tensor) -> Packed:
-        return round_to_nearest(w, self.width, self.group_size)
+        return round_to_nearest(w, self.width, self.group_size, dtype=self.dtype)
 
     def bits(self) -> Tensor:
         return torch.tensor(self.size)
@@ -43,4 +43,4 @@ class STE(FixedBits, Trained):
     """Straight-through estimator; all its options are ``FixedBits``'."""
 
     def quantizer(self, w: Tensor) -> STEQuantizer:
-        return STEQuantizer(w, self.bits, self.group_size)
+        return STEQuantizer(w, self.bits, self.group_size, self.dtype)

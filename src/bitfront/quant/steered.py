@@ -119,10 +119,10 @@ class Steering(nn.Module):
         limit = self.limit
         while True:
             low, high = -float(MAX_BITS), 1.0  # all groups have the least; none is rounded down
-            rest = self._file(at(low)) - sum(p.nbytes for p in at(low).values())
+            rest = self._file(at(low)) - sum(p.nbytes for p in at(low).values())  # is the same for all
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                fits = rest + sum(p.nbytes for p in at(middle).values()) <= limit
+                fits = rest + sum(p.estimate for p in at(middle).values()) <= limit
                 low, high = (middle, high) if fits else (low, middle)
             excess = self._file(at(low)) - self.limit
             if excess <= 0:
