@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,45 @@ def cli(name: str, *words: str) -> subprocess.CompletedProcess[str]:
             code = 1
             traceback.print_exc()
     return subprocess.CompletedProcess([name, *words], code, out.getvalue(), err.getvalue())
+
+
+OTHERS = multiprocessing.get_context("forkserver")  # a copy of a process that has imported torch, and nothing else
+OTHERS.set_forkserver_preload(["bitfront.cells.flow"])
+
+
+def elsewhere(folder: Path, call: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:
+    """Start a call, of a module's function, in a process and a session of its own, in seconds less than ``command``.
+
+    Args:
+        folder: what it prints goes to files ``out`` and ``err`` there.
+    """
+    process = OTHERS.Process(target=_there, args=(folder, {**os.environ, **environment}, call, *arguments))
+    process.start()
+    return process
+
+
+def _there(folder: Path, environment: dict[str, str], call: Callable[..., Any], *arguments: Any) -> None:
+    os.setsid()
+    os.chdir(REPOSITORY)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    call(*arguments)
+
+
+def torchrun(folder: Path, call: Callable[..., Any], *arguments: Any) -> None:
+    """A call in two processes that find each other as those of ``torchrun`` do; what they print goes to folders."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = []
+    for rank in "01":
+        (folder / rank).mkdir()
+        both.append(elsewhere(folder / rank, call, *arguments, RANK=rank, LOCAL_RANK=rank, **place))
+    for rank, process in zip("01", both, strict=True):
+        process.join(300)
+        assert process.exitcode == 0, (folder / rank / "err").read_text()
 
 
 @pytest.fixture(scope="session")

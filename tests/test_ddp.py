@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import cli, command
-from torch import Tensor, distributed, multiprocessing, nn
+from conftest import cli, command, torchrun
+from torch import Tensor, distributed, nn
 
 import bitfront
 from bitfront.cells import compose
@@ -18,9 +19,10 @@ from bitfront.cells.record import read_all
 TASKS = ("asr", "lm", "resnet", "separation", "vit")
 
 
-def test_two_processes_train_and_measure_one_artifact(tmp_path: Path) -> None:
-    words = ("task=vit", "quant=diffq", "smoke=true", "trainer.accelerator=cpu", f"root={tmp_path}")
-    result = command("src.run", *words, "trainer.devices=2")
+def test_two_processes_train_and_measure_one_artifact(floats: Path, tmp_path: Path) -> None:
+    (start,) = read_all(floats)
+    words = ("task=vit", "quant=diffq", f"init_from={start.artifact}", "smoke=true", "trainer.accelerator=cpu")
+    result = command("src.run", *words, f"root={tmp_path}", "trainer.devices=2")
     assert result.returncode == 0, result.stderr
     (record,) = (r for r in read_all(tmp_path) if r.method == "diffq")
     assert record.processes == 2
@@ -33,21 +35,6 @@ def measured(name: str) -> dict[str, float]:
     task = build_task(compose.load([f"task={name}", "smoke=true"]))
     torch.manual_seed(0)
     return task.evaluate(task.model(), "test")
-
-
-def measure(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps({name: measured(name) for name in TASKS}))
-    distributed.destroy_process_group()
-
-
-def test_metrics_are_the_same_on_one_and_two_processes(tmp_path: Path) -> None:
-    multiprocessing.spawn(measure, (tmp_path,), 2)
-    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert both[0] == both[1]
-    for name in TASKS:
-        assert both[0][name] == pytest.approx(measured(name), rel=1e-5, abs=1e-6), name
 
 
 def steps(model: bitfront.QuantizedModel, called: nn.Module, x: Tensor) -> dict[str, list[float]]:
@@ -68,20 +55,39 @@ def prepared(name: str) -> tuple[bitfront.QuantizedModel, Tensor]:
     return model, torch.randn(8, 32)
 
 
-def train(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def trained(rank: int) -> dict[str, dict[str, list[float]]]:
     found = {}
     for name in ("lsq", "diffq"):
         model, x = prepared(name)
         found[name] = steps(model, nn.parallel.DistributedDataParallel(model), x[4 * rank : 4 * rank + 4])
+    return found
+
+
+def work(folder: Path) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    found = {"metrics": {name: measured(name) for name in TASKS}, "weights": trained(rank)}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
-def test_a_loop_of_ones_own_learns_the_same_in_two_processes(tmp_path: Path) -> None:
-    multiprocessing.spawn(train, (tmp_path,), 2)
-    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes measures, and learns."""
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(folder, work, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_metrics_are_the_same_on_one_and_two_processes(found: list[dict[str, Any]]) -> None:
+    both = [one["metrics"] for one in found]
+    assert both[0] == both[1]
+    for name in TASKS:
+        assert both[0][name] == pytest.approx(measured(name), rel=1e-5, abs=1e-6), name
+
+
+def test_a_loop_of_ones_own_learns_the_same_in_two_processes(found: list[dict[str, Any]]) -> None:
+    both = [one["weights"] for one in found]
     assert both[0] == both[1]
     model, x = prepared("lsq")  # without noise, which differs between processes
     for key, values in steps(model, model, x).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
+from conftest import torchrun
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.text import Perplexity
@@ -16,6 +16,7 @@ from torchmetrics.text import Perplexity
 from bitfront.cells import compose
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import read_all
+from bitfront.commands import start
 from bitfront.commands.evaluate import evaluate
 from bitfront.data import docstrings, text
 from bitfront.data.corpus import SPLITS, Windows
@@ -378,8 +379,7 @@ def test_impossible_recipes_are_refused(word: str) -> None:
 def test_the_papers_recipe_on_two_processes(wikitext: Path, tmp_path: Path) -> None:
     words = ("task=lm_wikitext103", "quant=diffq", "wandb=disabled", "trainer.accelerator=cpu", *SMALL)
     recipe = ("task.vocabulary=168", "train.epochs=3", "train.warmup_steps=10", f"root={tmp_path / 'runs'}")
-    result = command("src.run", *words, *recipe, f"data_root={wikitext}", "trainer.devices=2")
-    assert result.returncode == 0, result.stderr
+    torchrun(tmp_path, start, "run", (*words, *recipe, f"data_root={wikitext}", "trainer.devices=2"))
     (record,) = (r for r in read_all(tmp_path / "runs") if r.method == "diffq")
     assert record.processes == 2 and len(record.history) == 3
     assert record.primary.name == "ppl" and record.primary.value < 168

@@ -218,6 +218,83 @@ def test_a_trial_that_diverged_does_not_end_the_search(
     assert len(search.search(fake, words)) == 9
 
 
+def penalty_of(cell: Cell) -> float:
+    return float(next(word for word in cell.words if word.startswith("penalty=")).partition("=")[2])
+
+
+def made(penalty: float) -> bool:
+    return penalty >= 2 and not 20 <= penalty <= 30
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch, like: Callable[..., Record]) -> Callable[..., list[Cell]]:
+    """A search in which a smaller penalty makes a better and larger file; below 2 it is refused, at 2 to 3 too large,
+    and at 20 to 30 there is a failure of another kind. All its trials.
+    """
+
+    def record(cell: Cell) -> Record | None:
+        penalty = penalty_of(cell)
+        size = (0.1 + 0.3 / penalty) * 2**20  # within 0.2 MiB from a penalty of 3
+        return like(size, 80 - penalty) if made(penalty) else None
+
+    def error(cell: Cell) -> str:
+        penalty = penalty_of(cell)
+        return "max_size=0.2 MiB cannot be kept: it has 0.3" if penalty < 2 else "diverged" * (20 <= penalty <= 30)
+
+    monkeypatch.setattr(Cell, "record", record)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*words: str, told: list[str] | None = None) -> list[Cell]:
+        trials: list[Cell] = []
+
+        def complete(cells: Sequence[Cell]) -> list[Attempt]:
+            trials.extend(cells)
+            return [Attempt(cell, error(cell)) for cell in cells]
+
+        settings = SimpleNamespace(trials=40, batch=4, seed=0, startup=10)
+        fake: Any = SimpleNamespace(config=SimpleNamespace(sweeper=settings), complete=complete)
+        attempts = search.search(fake, ["task=vit", "quant=diffq", *words])
+        if told is not None:
+            told += [attempt.error for attempt in attempts]
+        return trials
+
+    return run
+
+
+SPACE = "penalty=tag(log,interval(0.1,50))"
+
+
+def shown(out: str) -> list[float]:
+    """The penalties of a printed table."""
+    return [float(word.partition("=")[2]) for word in out.split() if word.startswith("penalty=") and "(" not in word]
+
+
+def test_a_search_within_a_size_shows_the_best_that_keep_it(
+    searched: Callable[..., list[Cell]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors: list[str] = []
+    penalties = [penalty_of(cell) for cell in searched(SPACE, "max_size=0.2", told=errors)]
+    fit = sorted({p for p in penalties if p >= 3 and made(p)})
+    out = capsys.readouterr().out
+    assert shown(out) == fit[:5] and "Pareto" not in out
+    assert sum(map(bool, errors)) == sum(20 <= p <= 30 for p in penalties) > 0  # what is refused for its size is none
+    assert len(errors) == sum(p >= 3 for p in penalties) < len(penalties)
+    assert sum(p < 3 for p in penalties[10:]) < 15  # of 30: the sampler knows what they are, else it had 27
+    with pytest.raises(BitfrontError, match=r"no trial keeps its size; the first: max_size=0\.2 MiB cannot"):
+        searched("penalty=0.1,1,1.5", "max_size=0.2")
+
+
+def test_a_search_over_sizes_or_without_one_has_two_objectives(
+    searched: Callable[..., list[Cell]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((SPACE,), (SPACE, "max_size=0.1,0.2"), (SPACE, "max_size=0.0")):
+        errors: list[str] = []
+        penalties = [penalty_of(cell) for cell in searched(*words, told=errors)]
+        out = capsys.readouterr().out
+        assert "Pareto front" in out and set(shown(out)) == set(filter(made, penalties)), words
+        assert len(errors) == 40 and sum(map(bool, errors)) == sum(not made(p) for p in penalties)
+
+
 def test_a_search_minimises_size_and_validation_loss(like: Callable[..., Record]) -> None:
     assert search.objectives(like(7, 90.0)) == [7, -90.0]
     assert search.objectives(like(7, 20.0, "wer", False)) == [7, 20.0]

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cli, command
+from conftest import cli, torchrun
 from PIL import Image
 from torch import nn
 
 from bitfront.cells import compose
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import read_all
+from bitfront.commands import start
 from bitfront.errors import BitfrontError
 from bitfront.models.images import NETWORKS
 from bitfront.quant.artifact import Artifact
@@ -156,8 +157,11 @@ def test_the_imagenet_recipes_run_on_the_official_layout(root: Path, name: str, 
     words = (f"task={name}", f"model={network}", *SMALL, "train.epochs=3", "quant=diffq", f"data_root={root}")
     size = {"timm.test_vit": 160, "timm.deit_base_patch16_224": 224}.get(network, 32)
     more = (f"task.image_size={size}", f"root={root}/runs", f"trainer.devices={processes}", "trainer.accelerator=cpu")
-    result = command("src.run", *words, *more) if processes > 1 else cli("run", *words, *more)
-    assert result.returncode == 0, result.stderr
+    if processes > 1:
+        torchrun(root, start, "run", (*words, *more, "wandb=disabled"))
+    else:
+        result = cli("run", *words, *more)
+        assert result.returncode == 0, result.stderr
     (record,) = read_all(root / "runs")
     assert len(record.history) == 3 and record.processes == processes
     assert set(record.metrics) == {"valid", "test"}
@@ -179,9 +183,9 @@ def test_the_recipes_schedules() -> None:
 
 
 def test_the_papers_cifar_recipe() -> None:
-    for quant, start, lr, widths in (("diffq", None, 0.1, 1e-3), ("ste", None, 0.1, None), ("lsq", "float", 0.01, 0.0)):
+    for quant, init, lr, widths in (("diffq", None, 0.1, 1e-3), ("ste", None, 0.1, None), ("lsq", "float", 0.01, 0.0)):
         values = compose.load(["task=resnet_cifar10_paper", f"quant={quant}"]).values
-        assert (values["init_from"], values["train"]["lr"], values["quant"].get("lr")) == (start, lr, widths)
+        assert (values["init_from"], values["train"]["lr"], values["quant"].get("lr")) == (init, lr, widths)
         train = values["train"]
         assert (train["epochs"], train["batch_size"], train["weight_decay"]) == (200, 128, 5e-4)
 
