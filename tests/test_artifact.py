@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tracemalloc
@@ -19,13 +20,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitfront import RTN
+from bitfront import LSQ, RTN
 from bitfront.errors import ArtifactError
 from bitfront.quant import entropy
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
 from bitfront.quant.rounding import round_to_nearest
 from bitfront.quant.scales import Scales
+from bitfront.standalone import load
 
 
 @given(width=st.integers(1, 15), n=st.integers(0, 70), seed=st.integers(0, 2**32 - 1))
@@ -378,6 +380,48 @@ def test_two_tensors_of_a_file_are_not_written_into_one_of_the_network(tmp_path:
         Artifact.load(tmp_path / "a").load_into(pair(True))
     Artifact.load(tmp_path / "b").load_into(untied := pair(False))
     assert torch.equal(untied[0].weight, untied[1].weight) and untied[0].weight.shape == equal[0].weight.shape
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("method", [RTN, LSQ])
+def test_floats_that_stay_may_be_narrow(kind: str, method: Any, tmp_path: Path) -> None:
+    """The file has them so, and a model in evaluation mode sees what the file has; its network keeps what it was."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Linear(64, 2).half()
+            self.register_buffer("large", torch.tensor([1e6, math.inf]))
+            self.again = self.norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x)).mean((2, 3)) * self.large[0]
+            return x @ self.head.weight.float().T
+
+    torch.manual_seed(0)
+    network, x = Net(), torch.randn(4, 3, 8, 8)
+    network(x)  # statistics
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    common: dict[str, Any] = {"min_size": 0.0005, "bits": 4}
+    model = method(raw_dtype=kind, **common).attach(network).eval()
+    full = method(**common).attach(copy.deepcopy(network)).eval()
+    assert model.save(tmp_path / "a") < full.save(tmp_path / "b")
+    artifact = Artifact.load(tmp_path / "a")
+    float16 = kind == "float16"
+    assert artifact.raw["norm.running_var"].dtype == getattr(torch, kind)
+    assert artifact.raw["large"].dtype == (torch.float32 if float16 else torch.bfloat16)
+    assert artifact.raw["head.weight"].dtype == torch.float16 and "head.weight" not in artifact.narrow
+    fresh = Net().eval()
+    artifact.load_into(fresh)
+    assert torch.equal(fresh(x), model(x)) and not torch.equal(fresh(x), full(x))
+    torch.testing.assert_close(fresh(x), full(x), rtol=0.05, atol=0.05 * full(x).abs().max().item())
+    changed = {name for name, t in network.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed <= {"conv.weight"}
+    state = load(tmp_path / "a")
+    assert all(state[name].dtype == t.dtype and torch.equal(state[name], t) for name, t in artifact.state().items())
+    with torch.no_grad():
+        network.norm.bias.add_(1)
+    assert not torch.equal(fresh(x), model(x))
 
 
 def test_tensors_that_share_memory_are_stored_each(tmp_path: Path) -> None:

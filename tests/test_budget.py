@@ -247,15 +247,15 @@ SMOKE = ("task=vit", "smoke=true", "wandb=disabled")
 
 
 def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
-    words = (*SMOKE, "quant=rtn,gptq,lsq,ste,diffq", "max_size=0.03", f"root={tmp_path}")
+    words = (*SMOKE, "quant=rtn,gptq,lsq,ste,diffq", "max_size=0.03", "raw_dtype=float16", f"root={tmp_path}")
     result = cli("run", "-m", *words)
     assert result.returncode == 0, result.stderr
     records = [record for record in read_all(tmp_path) if record.method != "float"]
     assert len(records) == 5
     for record in records:
         limit = record.config["max_size"] * MIB
-        assert 0.9 * limit < record.sizes.file <= limit and record.setting == f"max_size={record.config['max_size']}"
-    again = cli("run", *SMOKE, "quant=lsq", "max_size=0.03", f"root={tmp_path}")
+        assert 0.9 * limit < record.sizes.file <= limit and record.setting == "max_size=0.03 raw_dtype=float16"
+    again = cli("run", *SMOKE, "quant=lsq", "max_size=0.03", "raw_dtype=float16", f"root={tmp_path}")
     assert "finished before" in again.stdout
 
 

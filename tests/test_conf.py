@@ -121,7 +121,7 @@ def test_good_command_lines_pass(words: list[str]) -> None:
         (["train.epochs=[1]"], r"train.epochs takes a whole number"),
         (["quant.exclude=a", "quant=rtn"], r"quant.exclude takes a list"),
         (["train=5"], r"train takes no value; set one of its keys"),
-        (["quant.bits=3"], r"quant=float has no option 'quant.bits'; .*options: seed, .*wandb, quant.max_size, task"),
+        (["quant.bits=3"], r"quant=float has no option 'quant.bits'; .*options: seed, .*quant.raw_dtype, task"),
         (["+penalty=5"], r"only existing keys can be set"),
         (["~seed"], r"only existing keys can be set"),
         (["penalty"], r"options are words like penalty=5"),

@@ -71,7 +71,7 @@ def test_every_option_counts_or_is_named_as_a_place(method: str) -> None:
         if identity.identity("vit", method, changed, None) != base:
             counted.add(key)
     # A knob, and a size, is told again by the key that it sets.
-    assert leaves(config.values).keys() - counted == ELSEWHERE | BY_CONTENT | knobs | {"max_size"}
+    assert leaves(config.values).keys() - counted == ELSEWHERE | BY_CONTENT | knobs | {"max_size", "raw_dtype"}
 
 
 def run(root: Path, *words: str) -> Record:

@@ -523,3 +523,46 @@ def test_where_an_attention_mask_does_not_fit_that_is_said() -> None:
     causal, additive = torch.ones(5, 5).tril(), torch.where(mask, 0.0, -1e9)
     for batch in (with_decoder, {"attention_mask": causal}, {"attention_mask": additive}):
         assert bitfront.library.not_padded(batch) is None  # whose steps are others, or that is another mask
+
+
+class Repeated(nn.Module):
+    """One module under two names, with a weight, a norm and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+        self.again = self.first
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.again(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "method", [bitfront.LSQ(bits=3, raw_dtype="float16", **EVERY), DiffQ(raw_dtype="float16", **EVERY)]
+)
+def test_a_module_of_two_names_is_left_as_it_was(method: Any) -> None:
+    torch.manual_seed(0)
+    network, x = Repeated(), torch.randn(8, 16)
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    model = bitfront.prepare(network, method)
+    model(x).square().sum().backward()
+    assert isinstance(network.first[0].weight, nn.Parameter) and network.first[0].weight.grad is not None
+    assert not torch.equal(network.first[1].running_mean, before["first.1.running_mean"])  # as training does
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    seen = model.eval()(x)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    weights = model.weights()
+    wanted = Repeated().eval()
+    wanted.load_state_dict(before | weights | {name.replace("first", "again"): w for name, w in weights.items()})
+    assert torch.equal(seen, wanted(x))
+
+
+def test_blocks_of_two_names_are_tuned_and_left_as_they_were() -> None:
+    torch.manual_seed(0)
+    network, data = nn.Sequential(Repeated(), Repeated()).eval(), batches(8, 16)
+    network[1] = nn.Sequential(nn.Linear(4, 16), Repeated()).eval()
+    model = bitfront.quantize(network, DecoupleQ(bits=3, J=2, **EVERY), data)
+    assert isinstance(model.network[0].first[0].weight, nn.Parameter)
+    names = dict(model.network.named_parameters())
+    assert all(torch.equal(names[name], packed.decode()) for name, packed in model.encode().items())

@@ -57,6 +57,9 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
             state[name] = torch.from_numpy(content.copy()).view(kind).reshape(shape)
     if checksum != header["crc32"]:
         raise ValueError(f"'{path}' is damaged")
+    for kind, names in header.get("narrow", {}).items():  # of what is float32 in the network; [] means all of it
+        for name in names or [name for name, t in state.items() if t.dtype == getattr(torch, kind)]:
+            state[name] = state[name].float()
     return state | {alias: state[name] for alias, name in header["tied"].items()}
 
 

@@ -43,7 +43,15 @@ CELL = ("task", "quant")  # the groups that make a cell
 SWEEP = ("cluster", "sweeper")  # those that say how many cells are run
 GROUPS = (*CELL, *SWEEP)
 BLOCKS = ("finetune", "tensors", "calibration", "methods", "tiny")  # of a task, which no word of a command line sets
-SHOWN = ("task.", "train.", "quant.", "init_from", "max_size", "trainer.")  # in the setting, if they differ
+SHOWN = (
+    "task.",
+    "train.",
+    "quant.",
+    "init_from",
+    "max_size",
+    "raw_dtype",
+    "trainer.",
+)  # in the setting, if they differ
 
 
 @dataclass(frozen=True)

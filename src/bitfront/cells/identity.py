@@ -34,6 +34,7 @@ BORN: dict[str, Any] = {
     "quant.layers": None,
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
+    "quant.raw_dtype": "float32",
 }
 BORN_TRAINED: dict[str, Any] = {"quant.scale_dtype": "float32"}  # of what trains; other methods always had one
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on

@@ -10,6 +10,7 @@ data=     a folder of images, of text or of sound; a text; <package.module>:<fun
           with labels (class folders, text for causal networks, transcripts) the metric is measured before and after
 quant=    decoupleq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.samples= ...
 max_size= MiB that the file may have, in place of bits=: each tensor gets the width that costs least
+raw_dtype=  float16 | bfloat16: of what is not quantized, in place of float32
 classes=  outputs of the network, where they are not the class folders; labels=false leaves labels alone
 task.*    as in `run task=images|text|audio`: task.image_size=, task.mean= ...
 """
@@ -31,7 +32,7 @@ from bitfront.progress import phase
 from bitfront.shipped import module
 
 DEFAULT = "decoupleq"
-CELLS = ("quant", "task", "seed", "max_size")  # words as in ``run``
+CELLS = ("quant", "task", "seed", "max_size", "raw_dtype")  # words as in ``run``
 HEADER = 1 << 16  # bytes of a file in which ours say whose they are
 
 

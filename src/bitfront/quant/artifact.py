@@ -1,8 +1,9 @@
 """The packed file: what a quantized network is on disk.
 
 The file is safetensors. Each quantized tensor is one uint8 entry under its own name, laid out as ``packed`` says;
-everything else, small tensors and buffers, is stored as it is. The JSON header ``bitfront`` holds the version, the
-quantized tensors' layouts, the tied names, a checksum and the provenance. The file knows no method.
+everything else, small tensors and buffers, is stored as it is, or float32 ones in a narrower type. The JSON header
+``bitfront`` holds the version, the quantized tensors' layouts, the tied names, a checksum and the provenance. The file
+knows no method.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import duplicate, parametrized, resolve
 
+NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"
-VERSION = 3  # of files with tables of few bits or coded widths; 2 of those with groups of a row by themselves; else 1
+VERSION = 3  # of files with tables of few bits, coded widths or narrow floats; 2: with groups of a row by themselves
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Artifact:
     Attributes:
         packed: quantized tensors by name.
         raw: small tensors and buffers by name, in their stored type.
+        narrow: names of those that are float32 in the network, and narrower here.
         tied: other names of the same tensor, ``{alias: name}``.
         about: provenance, plain JSON; ``about["task"]`` rebuilds the network.
     """
@@ -45,15 +48,23 @@ class Artifact:
     raw: dict[str, Tensor]
     tied: dict[str, str]
     about: dict[str, Any] = field(default_factory=dict)
+    narrow: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, network: nn.Module, packed: Mapping[str, Packed], about: Mapping[str, Any]) -> Artifact:
+    def of(
+        cls,
+        network: nn.Module,
+        packed: Mapping[str, Packed],
+        about: Mapping[str, Any],
+        raw_dtype: torch.dtype = torch.float32,
+    ) -> Artifact:
         """Everything that ``network.state_dict()`` holds, with the tensors in ``packed`` in their packed form.
 
         Args:
             network: its parameters and persistent buffers are stored.
             packed: keyed by the first name of a tied tensor.
             about: plain JSON.
+            raw_dtype: of the float32 tensors that are not quantized, where their values are not too large for it.
         """
         raw: dict[str, Tensor] = {}
         tied: dict[str, str] = {}
@@ -65,8 +76,10 @@ class Artifact:
             if known != name:
                 tied[name] = known
             elif name not in packed:
-                raw[name] = tensor.detach().cpu()
-        return cls(dict(packed), raw, tied, dict(about))
+                raw[name] = narrowed(tensor.detach(), raw_dtype).cpu()
+        state = network.state_dict()
+        narrow = {name for name, t in raw.items() if t.dtype != state[name].dtype}
+        return cls(dict(packed), raw, tied, dict(about), narrow)
 
     @property
     def payload(self) -> int:
@@ -80,13 +93,20 @@ class Artifact:
         layouts = {name: packed.layout() for name, packed in self.packed.items()}
         later = {key for layout in layouts.values() for key in layout}
         header = {
-            "version": 3 if later & {"table", "coded"} else 2 if "rows" in later else 1,
+            "version": 3 if self.narrow or later & {"table", "coded"} else 2 if "rows" in later else 1,
             "quantized": layouts,
             "tied": self.tied,
+            **({"narrow": self._narrow()} if self.narrow else {}),
             "crc32": _checksum(tensors),
             "about": self.about,
         }
         return safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+
+    def _narrow(self) -> dict[str, list[str]]:
+        """By type, which tensors of it the network has as float32; [] for all of it."""
+        types = {_told(self.raw[name].dtype) for name in self.narrow}
+        of = {kind: {name for name, t in self.raw.items() if _told(t.dtype) == kind} for kind in sorted(types)}
+        return {kind: [] if names <= self.narrow else sorted(names & self.narrow) for kind, names in of.items()}
 
     def save(self, path: Path, limit: int = 0) -> int:
         """Write the file atomically; return its size in bytes.
@@ -136,9 +156,16 @@ class Artifact:
                 raise ArtifactError(f"'{path}' is damaged (its checksum differs); {REMEDY}")
             packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
             tied, about = dict(header["tied"]), dict(header["about"])
+            narrow = {
+                name
+                for kind, names in header.get("narrow", {}).items()
+                for name in names or [name for name, t in tensors.items() if _told(t.dtype) == kind]
+            }
             if not {*tied.values()} <= packed.keys() | tensors.keys():
                 raise ValueError("a tied name without its tensor")
-            return cls(packed, tensors, tied, about)
+            if any(tensors[name].dtype not in NARROW for name in narrow):
+                raise ValueError("a narrow tensor that is none")
+            return cls(packed, tensors, tied, about, narrow)
         except (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"'{path}' is damaged (header: {error!r}); {REMEDY}") from None
         except MemoryError:
@@ -146,7 +173,8 @@ class Artifact:
 
     def state(self) -> dict[str, Tensor]:
         """The state dict of the float network; quantized weights are float32."""
-        state = self.raw | {name: packed.decode() for name, packed in self.packed.items()}
+        state = {name: t.float() if name in self.narrow else t for name, t in self.raw.items()}
+        state |= {name: packed.decode() for name, packed in self.packed.items()}
         return state | {alias: state[name] for alias, name in self.tied.items()}
 
     def load_into(self, network: nn.Module) -> None:
@@ -183,6 +211,18 @@ class Artifact:
             elif state[known] is not ours and not torch.equal(state[known], ours):
                 problems.append(f"'{name}' is not the same as '{known}', to which the network ties it")
         return problems
+
+
+def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is stored, if float32 ones are in another type; as it is where it is too large for that."""
+    if t.dtype != torch.float32 or dtype == torch.float32:
+        return t
+    stored = t.to(dtype)
+    return stored if torch.equal(stored.isfinite(), t.isfinite()) else t
+
+
+def _told(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def float_bytes(network: nn.Module) -> int:

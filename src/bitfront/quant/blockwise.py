@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
+from bitfront.quant.functional import call, places
 from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
 
@@ -58,7 +58,7 @@ class Tuning:
     """
 
     def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str], time_last: bool) -> None:
-        self.block, self.packed, self.time_last = block, packed, time_last
+        self.block, self.packed, self.time_last, self.places = block, packed, time_last, places(block)
         self.device = next(block.parameters()).device
         self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
         own = dict(norm_parameters(block))
@@ -139,7 +139,7 @@ class Tuning:
             # cuDNN has no gradient of recurrent layers in evaluation mode
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
         ):
-            output = functional_call(self.block, weights, args, kwargs)
+            output = call(self.block, weights, self.places, args, kwargs)
         total = torch.zeros((), device=self.device)
         for got, wanted, scale in zip(floats(output), target, scales, strict=True):
             wanted = wanted.to(self.device).float()

@@ -20,6 +20,8 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.steered import Steering
 from bitfront.ranges import Ranges, of, refuse
 
+FLOATS = ("float32", "float16", "bfloat16")
+
 
 @dataclass(kw_only=True)
 class Method:
@@ -30,6 +32,7 @@ class Method:
         layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
             match, what comes later overrides.
         max_size: MiB that the file may have, 0 for any; widths are chosen for it.
+        raw_dtype: in which float32 tensors that are not quantized are stored: "float32", "float16" or "bfloat16".
         reestimate_bn: measure the statistics of batch norms anew in the end, with the quantized weights.
         penalty: what a MB costs in units of the loss; only methods that learn their size can set it.
         per_layer: what ``layers`` can set.
@@ -39,12 +42,14 @@ class Method:
     exclude: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] | None = None
     max_size: float = 0.0
+    raw_dtype: str = "float32"
     reestimate_bn: bool = False
     penalty: float = field(default=0.0, init=False)
     per_layer: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[Ranges] = {
         "min_size": "[0, inf)",
         "max_size": "[0, inf)",
+        "raw_dtype": FLOATS,
         "penalty": "[0, inf)",
     }  # subclasses have those that they add
 
@@ -170,7 +175,7 @@ class FixedBits(Sampled):
     ranges: ClassVar[Ranges] = {
         "bits": "1..15",
         "group_size": "-1..",
-        "scale_dtype": ("float32", "float16", "bfloat16"),
+        "scale_dtype": FLOATS,
     }
 
     @property

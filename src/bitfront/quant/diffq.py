@@ -162,7 +162,7 @@ class DiffQ(Trained):
 
     def steering(self, model: QuantizedModel, about: Mapping[str, Any]) -> Steering:
         quantizers: Any = {name: quantizer for name, quantizer, _ in model.items()}
-        return Steering(quantizers, model.network, int(self.max_size * MB), about)
+        return Steering(quantizers, model.network, int(self.max_size * MB), about, model.raw_dtype)
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         widths = torch.cat([p.bits.float().expand(len(p.codes)).cpu() for p in packed.values()] or [torch.zeros(1)])

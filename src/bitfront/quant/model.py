@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.artifact import Artifact, narrowed
 from bitfront.quant.forwards import Uses, no_recomputation, refuse_recomputation, refuse_switch, unwritten
+from bitfront.quant.functional import call, places
 from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import parametrized
@@ -99,6 +99,7 @@ class Objective(Protocol):
 
     min_size: float
     max_size: float
+    raw_dtype: str
     penalty: float
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -140,16 +141,16 @@ class QuantizedModel(nn.Module):
         self.log: dict[str, Any] = {}  # how a post-training method fared, for the record
         self._cached: dict[str, Tensor] = {}
         self._cached_of: list[Tensor] = []
-        self._watched = False
+        self._watched, self._places = False, places(network)
         self.steering: Steering | None = None  # of a size that its learned widths are to come to
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.weights()
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return functional_call(self.network, weights, args, kwargs)
+            return call(self.network, weights, self._places, args, kwargs)
         apart = {} if self._watched else self._apart(weights)
         with no_recomputation(), Uses(apart) if apart else nullcontext(), unwritten(weights if apart else {}):
-            output = functional_call(self.network, weights, args, kwargs)
+            output = call(self.network, weights, self._places, args, kwargs)
         if apart:
             refuse_recomputation(output)
         self._watched = True
@@ -167,7 +168,7 @@ class QuantizedModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """What the network sees, by name. In evaluation mode computed once, as long as the float weights and the
-        quantizers hold the same numbers, whoever writes to them."""
+        quantizers hold the same numbers, whoever writes to them; with it what else is stored in another type."""
         if self.training:
             return {name: quantizer(w) for name, quantizer, w in self.items()}
         return self._evaluated()
@@ -176,13 +177,30 @@ class QuantizedModel(nn.Module):
     @torch.inference_mode(False)  # else a later forward with gradients could not use what is kept
     @torch.no_grad()
     def _evaluated(self) -> dict[str, Tensor]:
-        now = [source for _, quantizer, w in self.items() for source in quantizer.sources(w)]
+        small = self._narrowed()
+        now = [source for _, quantizer, w in self.items() for source in quantizer.sources(w)] + list(small.values())
         before = self._cached_of
         if len(before) != len(now) or not all(_same(a, b) for a, b in zip(now, before, strict=True)):
             check_finite(self.network)
             self._cached = {name: quantizer(w) for name, quantizer, w in self.items()}
+            self._cached |= {name: narrowed(t, self.raw_dtype).to(t.dtype) for name, t in small.items()}
             self._cached_of = [t.detach().clone() for t in now]
         return self._cached
+
+    @property
+    def raw_dtype(self) -> torch.dtype:
+        """In which float32 tensors that are not quantized are stored."""
+        return getattr(torch, self.method.raw_dtype) if self.method else torch.float32
+
+    def _narrowed(self) -> dict[str, Tensor]:
+        """The tensors that are stored in a narrower type than the network has them in."""
+        if self.raw_dtype == torch.float32:
+            return {}
+        state: dict[int, tuple[str, Tensor]] = {}
+        for name, t in self.network.state_dict(keep_vars=True).items():
+            state.setdefault(id(t), (name, t))
+        quantized = set(self.names)
+        return {name: t for name, t in state.values() if t.dtype == torch.float32 and name not in quantized}
 
     def steer(self, steps: int = 0, about: Mapping[str, Any] | None = None) -> None:
         """Have learned widths come to the method's ``max_size``.
@@ -273,7 +291,7 @@ class QuantizedModel(nn.Module):
 
     def artifact(self, about: Mapping[str, Any] | None = None) -> Artifact:
         """The whole network as it is stored, with its provenance, plain JSON."""
-        return Artifact.of(self.network, self.encode(), about or {})
+        return Artifact.of(self.network, self.encode(), about or {}, self.raw_dtype)
 
     def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> int:
         """Write the artifact; return its size in bytes.

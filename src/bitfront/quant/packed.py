@@ -170,7 +170,7 @@ class Packed:
 
     def rule_bits(self) -> int:
         """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
-        return sum(width * n for width, n in enumerate(self.width_counts())) + 8 * self._scales_bytes()
+        return sum(width * n for width, n in enumerate(self.width_counts())) + 8 * self.scales_bytes
 
     def layout(self) -> dict[str, Any]:
         """What the header says of this tensor; with it the entry's bytes can be read."""
@@ -198,19 +198,21 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of the entry in the file."""
-        return self._codes_bytes() + len(self._widths()) + self._scales_bytes()
+        return self._codes_bytes() + len(self._widths()) + self.scales_bytes
 
     @property
     def estimate(self) -> int:
         """About as many, in no time."""
         widths = torch.bincount(self.bits.long().expand(len(self.codes)).cpu() - int(self.bits.min())).numpy()
         plain = packed_bytes(len(self.codes), (len(widths) - 1).bit_length())
-        return self._codes_bytes() + min(plain, entropy.estimate(widths)) + self._scales_bytes()
+        return self._codes_bytes() + min(plain, entropy.estimate(widths)) + self.scales_bytes
 
     def _codes_bytes(self) -> int:
         return sum(packed_bytes(n, width) for width, n in enumerate(self.width_counts()))
 
-    def _scales_bytes(self) -> int:
+    @property
+    def scales_bytes(self) -> int:
+        """Bytes of ``lo`` and ``span`` in the file."""
         if self.table:
             return 2 * (packed_bytes(self.lo.numel(), self.table) + 2 * self.shape[0])
         return 2 * self.lo.numel() * self.lo.itemsize

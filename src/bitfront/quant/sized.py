@@ -76,15 +76,20 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
     options = _costs(tried)
     limit = room = int(method.max_size * MB)
     smallest = {name: some[0] for name, some in options.items()}
-    rest = _size(network, tried, smallest, about) - sum(option.nbytes for option in smallest.values())
+
+    def file(widths: Mapping[str, Option]) -> Artifact:
+        shells = {name: tried[name].shells[option.bits] for name, option in widths.items()}
+        return Artifact.of(network, shells, about, getattr(torch, method.raw_dtype))
+
+    rest = len(file(smallest).to_bytes()) - sum(option.nbytes for option in smallest.values())
     while (chosen := allocate(list(options.values()), room - rest)) is not None:
         widths = dict(zip(options, chosen, strict=True))
-        excess = _size(network, tried, widths, about) - limit
+        excess = len(file(widths).to_bytes()) - limit
         if excess <= 0:
             layers = {name: {"bits": option.bits} for name, option in widths.items()}
             return replace(method, layers=(method.layers or {}) | layers)
         room -= excess  # the header has a few digits more or less
-    raise BitfrontError(_too_small(network, tried, smallest, about, limit))
+    raise BitfrontError(_too_small(file(smallest), limit))
 
 
 def _tried(
@@ -182,28 +187,12 @@ def _costs(tried: Mapping[str, Tried]) -> dict[str, list[Option]]:
     return options
 
 
-def _size(
-    network: nn.Module, tried: Mapping[str, Tried], widths: Mapping[str, Option], about: Mapping[str, Any]
-) -> int:
-    """Bytes of the file."""
-    shells = {name: tried[name].shells[option.bits] for name, option in widths.items()}
-    return len(Artifact.of(network, shells, about).to_bytes())
-
-
-def _too_small(
-    network: nn.Module,
-    tried: Mapping[str, Tried],
-    smallest: Mapping[str, Option],
-    about: Mapping[str, Any],
-    limit: int,
-) -> str:
-    shells = {name: tried[name].shells[option.bits] for name, option in smallest.items()}
-    artifact = Artifact.of(network, shells, about)
+def _too_small(artifact: Artifact, limit: int) -> str:
     whole, raw = len(artifact.to_bytes()), sum(t.nbytes for t in artifact.raw.values())
-    tables = sum(2 * p.lo.nbytes for p in shells.values())
+    tables = sum(p.scales_bytes for p in artifact.packed.values())
     return (
         f"max_size={limit / MB:.4g} MiB cannot be kept: at the smallest widths the file has {whole / MB:.4g}, of "
         f"which {raw / MB:.3g} are tensors that stay float, {tables / MB:.3g} scales and zeros, "
-        f"{(whole - artifact.payload) / MB:.3g} names and layout; a smaller min_size quantizes more, and larger "
-        "groups, or scale_dtype=float16, have smaller tables"
+        f"{(whole - artifact.payload) / MB:.3g} names and layout; raw_dtype=float16 halves what stays float, a smaller "
+        "min_size quantizes more of it, and larger groups have smaller tables"
     )

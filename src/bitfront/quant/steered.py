@@ -48,18 +48,24 @@ class Steering(nn.Module):
         network: whose file is meant.
         limit: bytes of the file.
         about: what the file says of itself, which counts.
+        raw_dtype: of what is not quantized.
 
     Attributes:
         steps: of the whole training; to be set before its first.
     """
 
     def __init__(
-        self, quantizers: Mapping[str, Widths], network: nn.Module, limit: int, about: Mapping[str, Any]
+        self,
+        quantizers: Mapping[str, Widths],
+        network: nn.Module,
+        limit: int,
+        about: Mapping[str, Any],
+        raw_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.quantizers = tuple(quantizers.values())  # which the model has already
         self.names, self.network = tuple(quantizers), (network,)
-        self.limit, self.about, self.steps = limit, dict(about), 0
+        self.limit, self.about, self.raw_dtype, self.steps = limit, dict(about), raw_dtype, 0
         self.register_buffer("done", torch.zeros((), dtype=torch.long))
         self.register_buffer("room", torch.zeros(()))
         self.start = self._size().item()
@@ -146,7 +152,7 @@ class Steering(nn.Module):
         if (smallest := self._file(shells)) > self.limit:
             raise BitfrontError(
                 f"max_size cannot be kept: with min_bits for all, the file has {smallest:,} bytes, and {self.limit:,} "
-                "are allowed; give fewer min_bits, or a smaller min_size, which quantizes more"
+                "are allowed; give fewer min_bits, raw_dtype=float16, or a smaller min_size, which quantizes more"
             )
         for p in shells.values():
             p.bits = torch.arange(len(p.codes)).remainder(MAX_BITS).add(1).to(torch.uint8)
@@ -167,7 +173,7 @@ class Steering(nn.Module):
         return found
 
     def _file(self, packed: Mapping[str, Packed]) -> int:
-        return len(Artifact.of(self.network[0], packed, self.about).to_bytes())
+        return len(Artifact.of(self.network[0], packed, self.about, self.raw_dtype).to_bytes())
 
 
 def stored(widths: Tensor, shift: float | Tensor, least: int) -> Tensor:
