@@ -23,6 +23,7 @@ from bitfront.cells.record import read_all
 from bitfront.quant.budget import Option, allocate
 from bitfront.quant.inputs import Moments
 from bitfront.quant.sensitivity import error, gradients, price
+from bitfront.quant.sized import _tried
 
 MIB = 2**20
 EVERY: dict[str, Any] = {"min_size": 0.0005, "exclude": ["bias"]}
@@ -270,3 +271,44 @@ def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
 def test_sizes_that_cannot_be_are_refused(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
     result = cli("run", *SMOKE, *words, f"root={tmp_path}")
     assert result.returncode == 1 and told in result.stderr and "Traceback" not in result.stderr
+
+
+def test_smaller_groups_are_taken_where_they_pay() -> None:
+    """Where a row's parts differ in size, and not where one grid fits all; not against what layers says."""
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    network[1].weight.data *= torch.logspace(-1.5, 0, 8).repeat_interleave(32)
+    batches = [torch.randn(32, 256) for _ in range(8)]
+    layers = {"2.weight": {"group_size": 128}}
+    for method in (RTN(**EVERY), RTN(layers=layers, **EVERY), RTN(group_size=128, **EVERY)):
+        packed = bitfront.quantize(network, method, batches, max_size=0.1).encode()
+        sizes, tables = [p.codes.shape[1] for p in packed.values()], [p.table for p in packed.values()]
+        assert sizes[1] < 256 and tables[1] == 6
+        if method.group_size == 128:
+            assert set(sizes) == {128}
+        elif method.layers:
+            assert sizes[2] == 128 and tables[2] == 0
+    smooth = bitfront.quantize(network[0], DecoupleQ(**EVERY), batches, max_size=0.0205).encode()["weight"]
+    assert smooth.codes.shape[1] == 256
+
+
+def test_what_a_tied_embedding_is_looked_up_for_counts() -> None:
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.between = nn.Embedding(96, 48), nn.Linear(48, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(0.01 * self.between(self.embedding(x)), self.embedding.weight)
+
+    network, tokens = Tied(), [torch.randint(0, 96, (8, 12)) for _ in range(8)]
+    data, weights = Calibration(tokens, lambda net, x: net(x)), {"embedding.weight": network.embedding.weight}
+    tried = _tried(network, RTN(**EVERY), weights, data)["embedding.weight"]
+    x = torch.cat([(0.01 * network.between(network.embedding(t))).flatten(0, 1) for t in tokens]).detach().double()
+    seen = Moments((x.T @ x / len(x))[None], len(x))
+    w, both = network.embedding.weight.detach(), seen.with_lookup(network.embedding.weight.detach())
+    decoded = RTN(bits=3).solve(w, None)[0].decode()
+    assert tried.options[2].loss == pytest.approx(error(decoded, w, both), rel=1e-4)
+    assert tried.options[2].loss > 1.5 * error(decoded, w, seen)

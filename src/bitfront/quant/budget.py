@@ -24,12 +24,12 @@ class Option:
     """One way to store a tensor.
 
     Attributes:
-        bits: its width.
+        which: of the tensor's.
         nbytes: of the entry in the file.
         loss: that is predicted; the losses of all tensors are in the same unit.
     """
 
-    bits: int
+    which: int
     nbytes: int
     loss: float
 

@@ -183,6 +183,10 @@ class FixedBits(Sampled):
         """Of the stored scales."""
         return getattr(torch, self.scale_dtype)
 
+    def forms(self, w: Tensor) -> list[dict[str, Any]]:
+        """Settings besides ``bits`` among which ``max_size`` chooses for a tensor; those that it has come first."""
+        return [{}]
+
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         wider = [name for name, p in packed.items() if not p.table and p.lo.dtype != self.of(name).dtype]
         return [f"{self.scale_dtype} would move the values of {', '.join(wider)}: float32 scales"] if wider else []

@@ -16,6 +16,8 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.rounding import round_to_nearest
 from bitfront.ranges import Ranges
 
+GROUPS, TABLE = (64, 32), 6  # weights of a group, and bits of its range, that may pay where a row is one group
+
 
 @dataclass(kw_only=True)
 class RTN(PostTraining, FixedBits):
@@ -36,6 +38,13 @@ class RTN(PostTraining, FixedBits):
     sees_inputs: ClassVar[bool] = False
     per_layer: ClassVar[tuple[str, ...]] = (*FixedBits.per_layer, "symmetric", "scale_bits")
     ranges: ClassVar[Ranges] = {"scale_bits": "0..8"}
+
+    def forms(self, w: Tensor) -> list[dict[str, Any]]:
+        if self.group_size == 0 or self.scale_bits:
+            return [{}]
+        columns, size = w[0].numel(), self.group_size
+        tables = [{"group_size": n, "scale_bits": TABLE} for n in ([size] if size > 0 else GROUPS) if n < columns]
+        return [{}, *tables]
 
     @property
     def keeps_zero(self) -> bool:

@@ -1,9 +1,9 @@
 """A method with a width for each tensor, such that the file has at most a given size and the least predicted loss.
 
-All tensors are tried at all widths on the float network, with the method's own solver (for what trains, with the range
-that is best for the weights it starts from). The cost of each error is weighed by what the end of the network feels of
-it (``sensitivity``), and widths are chosen (``budget``) by the bytes that the file has with them: all else in it is
-priced first.
+All tensors are tried at all widths, after training also in smaller groups, on the float network with the method's own
+solver (for what trains, with the range that is best for the weights it starts from). The cost of each error is weighed
+by what the end of the network feels of it (``sensitivity``), and what each tensor gets is chosen (``budget``) by the
+bytes that the file has with it: all else in it is priced first.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ HELD = 1 << 30  # bytes of second moments at once; where there are more, the dat
 
 @dataclass
 class Tried:
-    """A tensor at some widths.
+    """A tensor in all ways in which it may be stored.
 
     Attributes:
-        options: by width; their loss is the squared error of the layer's output.
-        shells: by width, the packed tensor without its codes, for the size of the file.
+        settings: of the method, for each.
+        options: their loss is the squared error of the layer's output.
+        shells: the packed tensors without their codes, for the size of the file.
         power: of the layer's output, in the unit of the losses.
         price: what an error of 1 costs at the end of the network.
     """
 
-    options: dict[int, Option]
-    shells: dict[int, Packed]
+    settings: list[dict[str, Any]]
+    options: list[Option]
+    shells: list[Packed]
     power: float
     price: float
 
@@ -78,7 +80,7 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
     smallest = {name: some[0] for name, some in options.items()}
 
     def file(widths: Mapping[str, Option]) -> Artifact:
-        shells = {name: tried[name].shells[option.bits] for name, option in widths.items()}
+        shells = {name: tried[name].shells[option.which] for name, option in widths.items()}
         return Artifact.of(network, shells, about, getattr(torch, method.raw_dtype))
 
     rest = len(file(smallest).to_bytes()) - sum(option.nbytes for option in smallest.values())
@@ -86,7 +88,9 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
         widths = dict(zip(options, chosen, strict=True))
         excess = len(file(widths).to_bytes()) - limit
         if excess <= 0:
-            layers = {name: {"bits": option.bits} for name, option in widths.items()}
+            layers = {
+                name: method.settings(name) | tried[name].settings[option.which] for name, option in widths.items()
+            }
             return replace(method, layers=(method.layers or {}) | layers)
         room -= excess  # the header has a few digits more or less
     raise BitfrontError(_too_small(file(smallest), limit))
@@ -100,9 +104,11 @@ def _tried(
     stages, blind = _stages(network, weights, data)
     bar = Bar(weights, desc="trying widths", unit="tensor")
     for part in _parts(stages, weights):
-        for stage, moments in zip(part, _moments(network, part, weights, data), strict=True):
+        for stage, sums in zip(part, _summed(network, part, weights, data), strict=True):
+            moments = sums.moments()
             for name in stage:
-                found[name] = _at_all_widths(method, name, weights[name], moments, felt[name])
+                own = moments.with_lookup(weights[name].detach()) if sums.lookup else moments
+                found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
     for name in blind:
         found[name] = _at_all_widths(method, name, weights[name], None, felt[name])
@@ -134,10 +140,10 @@ def _parts(stages: Sequence[list[str]], weights: Mapping[str, Tensor]) -> Iterat
 
 
 @torch.no_grad()
-def _moments(
+def _summed(
     network: nn.Module, stages: Sequence[list[str]], weights: dict[str, nn.Parameter], data: Calibration
-) -> Iterator[Moments]:
-    """Of the layers of each stage, in the float network."""
+) -> list[Accumulator]:
+    """What the layers of each stage see in the float network."""
     sums = {stage[0]: Accumulator(stage[0]) for stage in stages}
     with undisturbed(network):
         for batch in data.batches:
@@ -146,19 +152,22 @@ def _moments(
                 accumulator.valid = valid
             with Watch({name: weights[name] for name in sums}, lambda name, use: sums[name].add(name, use)):
                 data.forward(network, batch)
-    for accumulator in sums.values():
-        yield accumulator.moments()
+    return list(sums.values())
 
 
 @torch.no_grad()
 def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moments | None, gradient: float) -> Tried:
     own: Any = method.of(name)
     v = w.detach()
-    found = Tried({}, {}, error(torch.zeros_like(v), v, inputs), price(v, gradient, inputs))
-    for bits in (own.bits,) if "bits" in method.settings(name) else WIDTHS:
-        packed, decoded = _solved(replace(own, bits=bits), v, inputs)
-        found.options[bits] = Option(bits, packed.nbytes, error(decoded, v, inputs))
-        found.shells[bits] = replace(packed, codes=packed.codes.new_zeros(1, 1).expand(packed.codes.shape))
+    found = Tried([], [], [], error(torch.zeros_like(v), v, inputs), price(v, gradient, inputs))
+    set_already = method.settings(name).keys()
+    widths = (own.bits,) if "bits" in set_already else WIDTHS
+    for form in own.forms(v) if not {"group_size", "scale_bits"} & set_already else [{}]:
+        for bits in widths:
+            packed, decoded = _solved(replace(own, bits=bits, **form), v, inputs)
+            found.settings.append({"bits": bits, **form})
+            found.options.append(Option(len(found.options), packed.nbytes, error(decoded, v, inputs)))
+            found.shells.append(replace(packed, codes=packed.codes.new_zeros(1, 1).expand(packed.codes.shape)))
     return found
 
 
@@ -182,7 +191,7 @@ def _costs(tried: Mapping[str, Tried]) -> dict[str, list[Option]]:
     options = {}
     for name, t in tried.items():
         scale = max(importance[name], floor) / (t.power or 1.0)
-        some = [replace(option, loss=scale * option.loss) for option in t.options.values()]
+        some = [replace(option, loss=scale * option.loss) for option in t.options]
         options[name] = sorted(some, key=lambda option: option.nbytes)
     return options
 
