@@ -42,6 +42,7 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes
 bench: .venv/installed  ## Compare with the official packages (installs diffq, which needs a C compiler)
 	$(PY) -m benchmarks.solver
 	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.onnx
 	$(PY) -m uv pip install -q --no-deps diffq==0.2.4
 	$(PY) -m benchmarks.diffq
 
@@ -58,7 +59,7 @@ wandb-dashboard: .venv/installed  ## Make views of runs/ in Weights & Biases; AR
 
 lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard --extra hf pyproject.toml -o requirements.lock
+		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard --extra hf --extra onnx pyproject.toml -o requirements.lock
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,5 @@
-"""Low-bit weight quantization of any PyTorch module: ``quantize`` after training, ``prepare`` for it, ``load`` a file.
+"""Low-bit weight quantization of any PyTorch module: ``quantize`` after training, ``prepare`` for it, ``load`` a file,
+``to_onnx`` for other runtimes.
 
 torch is imported with the first name that needs it.
 """
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitfront.errors import ArtifactError, BitfrontError
-    from bitfront.library import load, prepare, quantize
+    from bitfront.library import load, prepare, quantize, to_onnx
     from bitfront.quant.artifact import Artifact
     from bitfront.quant.calibration import PostTraining
     from bitfront.quant.core import Float, Method, Trained
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": ("ArtifactError", "BitfrontError"),
-    "library": ("load", "prepare", "quantize"),
+    "library": ("load", "prepare", "quantize", "to_onnx"),
     "quant.artifact": ("Artifact",),
     "quant.calibration": ("PostTraining",),
     "quant.core": ("Float", "Method", "Trained"),
@@ -64,6 +65,7 @@ __all__ = [
     "prepare",
     "quantize",
     "resolve",
+    "to_onnx",
 ]
 
 

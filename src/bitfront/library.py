@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from bitfront.quant.parametrized import duplicate, resolve
 from bitfront.quant.plan import Calibration
 from bitfront.quant.sized import sized
 from bitfront.quant.undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    from bitfront.exports.network import Exported
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -130,6 +133,44 @@ def load(path: Path | str, into: N) -> N:
     """
     Artifact.load(path).load_into(into)
     return into
+
+
+def to_onnx(
+    network: nn.Module,
+    file: Path | str,
+    data: Iterable[Any] | Tensor,
+    out: Path | str,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    matmul_nbits: bool = False,
+    accuracy_level: int = 4,
+) -> Exported:
+    """Write a network with a packed file's weights as an ONNX file, whose weights are packed, too.
+
+    Args:
+        network: of the file's architecture; stays as it is.
+        file: of what ``save`` wrote.
+        data: examples of inputs, as in ``quantize``; sizes in which the first batches differ may change in the file, as
+            the number of samples, and the length of tokens.
+        out: the file to write.
+        forward: as in ``quantize``; the first call of the network counts.
+        matmul_nbits: whether linear layers compute with the codes, of up to 8 bits, by an operator of ONNX Runtime's.
+        accuracy_level: of that operator: 4 is fast and rounds inputs to 8 bits, 0 does not.
+
+    Returns:
+        Its size, and how far its outputs are from those of the decoded network.
+
+    Raises:
+        BitfrontError: the file is another network's, torch cannot export it, or the outputs differ by more than 1e-5 of
+            the largest (by 0.2 where inputs are rounded).
+    """
+    from bitfront.exports.network import SAMPLES, Example, export
+
+    network = unwrapped(network)
+    examples = Example.some(network, forward or call, drawn(data, 2 * SAMPLES, SAMPLES))
+    if not examples:
+        raise BitfrontError("data gives no batch; ONNX needs an example of the inputs")
+    return export(network, Artifact.load(file), examples, Path(out), accuracy_level if matmul_nbits else None)
 
 
 def call(network: nn.Module, batch: Any) -> Any:

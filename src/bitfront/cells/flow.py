@@ -26,7 +26,7 @@ from bitfront.cells.trainer import accelerator, check_trainer, fit
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
 from bitfront.data.folders import unsplit
-from bitfront.errors import BitfrontError
+from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
 from bitfront.quant.artifact import Artifact, float_bytes
@@ -57,6 +57,21 @@ def build_task(config: Config) -> Task:
     if not recipe.epochs and values["init_from"] is None and not task.pretrained:
         raise BitfrontError("train.epochs=0 only measures; give init_from=<file>, or epochs to train from scratch")
     return task
+
+
+def rebuilt(config: Config, where: Path) -> tuple[Task, nn.Module]:
+    """The task that a file names, and its network without the file's weights.
+
+    Raises:
+        BitfrontError: what the file says of them does not fit.
+    """
+    try:
+        task = build_task(config)
+        return task, task.model()
+    except BitfrontError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"no network comes of what '{where}' says of its task ({error})") from None
 
 
 def build_method(config: Config) -> Method:

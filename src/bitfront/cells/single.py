@@ -131,7 +131,7 @@ class _Unlabelled:
 
     def __init__(self, source: Source, config: Config, chosen: Chosen, method: PostTraining) -> None:
         self.method = method
-        every = iter(_inputs(source, config, chosen, method.batch_size))
+        every = iter(inputs(source, config, chosen, method.batch_size))
         self.batches = drawn(every, method.samples, method.batch_size) if method.needs_data else []
         held = drawn(every, max(1, round(HELD * method.samples)), method.batch_size)
         self.unseen, self.measuring = bool(held), held or self.batches
@@ -169,7 +169,7 @@ def _counting(network: nn.Module, batch: Any) -> list[Tensor]:
     return [t.masked_fill(t.isinf(), 0.0) for t in counting]
 
 
-def _inputs(source: Source, config: Config, chosen: Chosen, batch_size: int) -> Iterable[Any]:
+def inputs(source: Source, config: Config, chosen: Chosen, batch_size: int) -> Iterable[Any]:
     """Batches, as ``library.call`` passes them to the network."""
     folder = Path(chosen.model.removeprefix(FOLDER)) if chosen.model.startswith(FOLDER) else None
     if not source.files:

@@ -21,7 +21,7 @@ from bitfront.cells.recorded import recorded
 from bitfront.commands.options import options
 from bitfront.commands.options import usage as usage_of
 from bitfront.console import CONSOLE
-from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.errors import BitfrontError
 from bitfront.progress import phase
 
 
@@ -92,13 +92,7 @@ def evaluate(
         CONSOLE.print(f"the data in '{config.values['task']['data']}' are not those of its run ({now}, not {was})")
     training = config.values["train"]  # whose loaders may be for a larger machine
     training["workers"] = min(training["workers"], os.cpu_count() or 1)
-    try:
-        problem = flow.build_task(config)
-        problem.model()
-    except BitfrontError:
-        raise
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"no network comes of what '{artifact}' says of its task ({error})") from None
+    problem, _ = flow.rebuilt(config, artifact)
     return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)))
 
 

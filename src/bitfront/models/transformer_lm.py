@@ -62,6 +62,17 @@ class Words(nn.Module):
         """Which words are of a band."""
         return (words >= self.edges[band]) & (words < self.edges[band + 1])
 
+    def logits(self, h: Tensor) -> Tensor:
+        """Of all words ``[..., vocabulary]``, after the states ``h`` ``[..., dim]``."""
+        head = F.linear(h, weight(self.embeddings[0]))
+        if self.bands is None:
+            return head
+        parts = [head]
+        for band, of_band in enumerate(self.bands(h).split(1, dim=-1), 1):
+            low = F.linear(h, weight(self.projections[band]).t())
+            parts.append(of_band + F.linear(low, weight(self.embeddings[band])).log_softmax(-1))
+        return torch.cat(parts, dim=-1)
+
     def nll(self, h: Tensor, words: Tensor) -> Tensor:
         """Negative log-likelihood ``[n]``, in nats, of words ``[n]`` after the states ``h`` ``[n, dim]``."""
         h = F.dropout(h, self.dropout, self.training)
@@ -161,15 +172,15 @@ class TransformerLM(nn.Module):
         self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
         self.register_buffer("positions", sinusoids(context, dim), persistent=False)
 
-    def forward(self, words: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, words: Tensor, targets: Tensor | None = None) -> Tensor:
         """Negative log-likelihood, in nats, of each target.
 
         Args:
             words: ``[batch, time]``.
-            targets: ``[batch, time]``, the words that follow them.
+            targets: ``[batch, time]``, the words that follow them; None for any word that might.
 
         Returns:
-            ``[batch, time]``.
+            ``[batch, time]``; without targets the words' logits, ``[batch, time, vocabulary]``.
         """
         x = math.sqrt(self.dim) * self.words(words) + self.get_buffer("positions")[: words.shape[1]]
         x = F.dropout(x, self.dropout, self.training)
@@ -178,6 +189,8 @@ class TransformerLM(nn.Module):
                 x = x + 0 * sum(p.sum() for p in layer.parameters())  # a gradient of zero, not none (DDP)
             else:
                 x = layer(x)
+        if targets is None:
+            return self.words.logits(self.norm(x))
         h = self.norm(x).flatten(0, 1)
         parts = zip(h.split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         return torch.cat([self.words.nll(*part) for part in parts]).view_as(targets)

@@ -126,6 +126,9 @@ class Language(Task):
         tokens, new = batch
         return self.losses(net, tokens)[new].mean()
 
+    def use(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        return net(batch[0][:, :-1])
+
     def metrics(self, **options: Any) -> MetricCollection:
         names = {"bpb": MeanMetric, "ppl": Perplexity, "loss": MeanMetric}
         return MetricCollection({name: kind(**options) for name, kind in names.items()}, compute_groups=False)
