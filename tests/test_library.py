@@ -450,3 +450,19 @@ def test_another_program_gets_the_same_outputs(tmp_path: Path) -> None:
     model = bitfront.quantize(start("convnet"), DecoupleQ(bits=2, J=1), classified(4))
     model.save(tmp_path / "net.safetensors")
     assert torch.equal(in_another_program(tmp_path / "net.safetensors", x), outputs(model, x))
+
+
+def test_what_could_be_smaller_is_told_with_its_bytes(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 16), nn.Linear(64, 32), nn.LayerNorm(300))
+    sizes, said = {}, {}
+    for raw in ("float32", "float16"):
+        method = RTN(bits=4, min_size=0.005, exclude=["2.weight"], raw_dtype=raw)
+        model = bitfront.quantize(network, method)
+        sizes[raw], said[raw] = model.save(tmp_path / raw), model.summary().splitlines()
+    floats = 4 * (64 + 65 * 16 + 65 * 32 + 2 * 300)
+    told = (
+        f"saves {floats // 2:,} bytes of them; a smaller min_size quantizes 1 of these tensors, {4 * 64 * 16:,} bytes"
+    )
+    assert any(line.endswith(told) for line in said["float32"])
+    assert not any("raw_dtype" in line for line in said["float16"])
+    assert sizes["float32"] - sizes["float16"] == pytest.approx(floats // 2, abs=60)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.log import blind, padded, partly
 from bitfront.quant.packed import Packed
 
 NAMED = 4  # tensors that a line names
+MUCH = 0.05  # share of the file that is told about
 
 
 def summary(artifact: Artifact, layers: Sequence[Mapping[str, Any]], why_float: Mapping[str, str]) -> str:
@@ -43,6 +47,7 @@ def _remarks(
         reasons.setdefault(why_float.get(name, "float"), []).append(name)
     for reason, names in reasons.items():
         lines.append(f"float, {reason}: {_listed(names, sum(sizes[name] for name in names), total)}")
+    lines += _could_be_smaller(artifact.raw, why_float, total)
     for told, found in (
         ("rounded blind, to nearest, as their inputs were not seen", blind(known.values())),
         ("calibrated on a part of their uses", partly(known.values())),
@@ -52,6 +57,17 @@ def _remarks(
             named = [f"{name} ({uses})" if uses else name for name, uses in found.items()]
             lines.append(f"{told}: {_listed(named, sum(artifact.packed[name].nbytes for name in found), total)}")
     return lines
+
+
+def _could_be_smaller(raw: Mapping[str, Tensor], why_float: Mapping[str, str], total: int) -> list[str]:
+    """What options there are for the float32 tensors, where these are much of the file."""
+    floats = {name: t.nbytes for name, t in raw.items() if t.dtype == torch.float32}
+    if sum(floats.values()) < MUCH * total:
+        return []
+    matrices = [name for name in floats if raw[name].dim() > 1 and "min_size" in why_float.get(name, "")]
+    size = f"{sum(floats[name] for name in matrices):,} bytes"
+    smaller = f"; a smaller min_size quantizes {len(matrices)} of these tensors, {size}" if matrices else ""
+    return [f"raw_dtype=float16 saves {sum(floats.values()) // 2:,} bytes of them{smaller}"]
 
 
 def _listed(names: Sequence[str], size: int, total: int) -> str:
