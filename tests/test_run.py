@@ -63,7 +63,8 @@ def test_every_method_leaves_a_file_and_a_record(root: Path) -> None:
         assert not (only(root, method) / "last.ckpt").exists()
         if method != "float":
             assert record.sizes.file < 0.5 * records["float"].sizes.file
-            assert record.sizes.rule_mb * 2**20 == pytest.approx(record.sizes.payload, rel=0.02)
+            rule, coded = record.sizes.rule_mb * 2**20, method == "diffq"  # widths, in fewer bits than by the rule
+            assert rule * (0.95 if coded else 0.98) <= record.sizes.payload <= rule * 1.02
     assert len(records["diffq"].history) == 2
     assert {"train/loss", "valid/top1", "size_mb"} <= set(records["diffq"].history[0])
 

@@ -20,8 +20,6 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.steered import Steering
 from bitfront.ranges import Ranges, of, refuse
 
-FLOATS = ("float32", "float16", "bfloat16")
-
 
 @dataclass(kw_only=True)
 class Method:
@@ -49,7 +47,7 @@ class Method:
     ranges: ClassVar[Ranges] = {
         "min_size": "[0, inf)",
         "max_size": "[0, inf)",
-        "raw_dtype": FLOATS,
+        "raw_dtype": ("float32", "float16", "bfloat16"),
         "penalty": "[0, inf)",
     }  # subclasses have those that they add
 
@@ -175,7 +173,7 @@ class FixedBits(Sampled):
     ranges: ClassVar[Ranges] = {
         "bits": "1..15",
         "group_size": "-1..",
-        "scale_dtype": FLOATS,
+        "scale_dtype": ("float32", "float16", "bfloat16"),
     }
 
     @property
