@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitfront import LSQ, RTN
+from bitfront import GPTQ, LSQ, RTN, DecoupleQ
 from bitfront.errors import ArtifactError
 from bitfront.quant import entropy
 from bitfront.quant.artifact import Artifact
+from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
 from bitfront.quant.rounding import round_to_nearest
 from bitfront.quant.scales import Scales
@@ -64,7 +65,7 @@ def packed_tensors() -> st.SearchStrategy[Packed]:
         dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
         table = draw(st.sampled_from([0, 1, 6, 8])) if scales > 1 else 0
         form = Scales(torch.float32, table) if table else Scales(dtype)
-        lo, span = (form.stored(torch.from_numpy(rng.normal(size=(1, scales))))[0] for _ in range(2))
+        lo, span = (x[0] for x in form.stored(*(torch.from_numpy(rng.normal(size=(1, scales))) for _ in range(2))))
         codes = rng.integers(0, 2 ** bits[:, None], (n, size))
         kind = torch.uint8 if bits.max() <= 8 else torch.int16
         whole, width = torch.from_numpy(codes).to(kind), torch.from_numpy(bits).to(torch.uint8)
@@ -105,16 +106,54 @@ def test_bytes_that_are_no_symbols_are_refused(data: bytes, n: int) -> None:
         assert len(entropy.decode(np.frombuffer(data, np.uint8), n)) == n
 
 
+@pytest.mark.parametrize("table", [6, 7, 8])
+@pytest.mark.parametrize("size", [4e-6, 6e-6, 1.5e-5, 1.0])
+def test_grids_of_small_weights_stay_when_they_are_stored_again(size: float, table: int) -> None:
+    for seed in range(40):
+        w = size / 3 * torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+        packed = round_to_nearest(w, 4, 32, Scales(torch.float16, table))
+        assert torch.equal(Packed.from_bytes(packed.to_bytes(), packed.layout()).decode(), packed.decode())
+
+
+def test_the_middle_code_of_a_table_is_zero() -> None:
+    w = torch.randn(200, 64) * torch.rand(200, 1)
+    packed = round_to_nearest(w, 4, 8, Scales(torch.float16, 6, True))
+    assert packed.table == 6
+    zero = packed.lo + 8 * packed.span / 15
+    assert (zero.abs() <= 1e-3 * packed.span).all()
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ, DecoupleQ])
+def test_tables_are_not_taken_where_they_cannot_have_the_grids(method: Any) -> None:
+    """Ranges of both signs in a row, or a hundred times as large as others."""
+    torch.manual_seed(0)
+    drifting = 0.02 * torch.randn(8, 256) + torch.linspace(-1, 1, 256)
+    uneven = torch.randn(8, 256)
+    uneven[3, :32] *= 300
+    for w in (drifting, uneven):
+        seen = Moments(torch.eye(256).double()[None], 10)
+        found = {bits: method(bits=4, group_size=32, scale_bits=bits).solve(w, seen)[0] for bits in (0, 6)}
+        assert found[6].table == 0 and torch.equal(found[6].decode(), found[0].decode())
+    assert method(bits=4, group_size=32, scale_bits=6).solve(torch.randn(8, 256), seen)[0].table == 6
+
+
+def test_symmetric_ranges_too_large_for_float16_are_wider() -> None:
+    w = -4e4 * torch.rand(8, 32)
+    for method in (RTN, GPTQ, DecoupleQ):
+        packed, _ = method(bits=3, symmetric=True).solve(w, Moments(torch.eye(32).double()[None], 10))
+        assert packed.lo.dtype == torch.float32 and packed.decode().isfinite().all()
+
+
 @given(table=st.integers(1, 8), n=st.integers(2, 9), seed=st.integers(0, 1000))
 def test_few_bits_are_relative_to_the_largest_of_a_row(table: int, n: int, seed: int) -> None:
     x = torch.randn(6, n, generator=torch.Generator().manual_seed(seed)).abs() * torch.logspace(-3, 3, 6)[:, None]
     x[0, 0], x[1] = -x[0].max() - 1, 0
     form = Scales(torch.float32, table)
-    found = form.stored(x)
+    found, _ = form.stored(x, x)
     largest = x.abs().amax(1, keepdim=True)
     assert ((found - x).abs()[2:] <= (0.5 / (2**table - 1) + 1e-3) * largest[2:]).all()
     assert (found[0, 1:] == 0).all() and (found[1] == 0).all()  # of the other sign; nothing at all
-    assert torch.equal(form.stored(found), found)
+    assert torch.equal(form.stored(found, found)[1], found)
 
 
 @pytest.mark.parametrize(
@@ -391,10 +430,12 @@ def test_floats_that_stay_may_be_narrow(kind: str, method: Any, tmp_path: Path) 
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm, self.head = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Linear(64, 2).half()
-            self.register_buffer("large", torch.tensor([1e6, math.inf]))
+            self.large, self.unused = nn.Parameter(torch.tensor([1e6])), nn.Parameter(torch.zeros(0, 3))
+            self.register_buffer("steps", torch.zeros(()))
             self.again = self.norm
 
         def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
             x = self.norm(self.conv(x)).mean((2, 3)) * self.large[0]
             return x @ self.head.weight.float().T
 
@@ -409,12 +450,15 @@ def test_floats_that_stay_may_be_narrow(kind: str, method: Any, tmp_path: Path) 
     artifact = Artifact.load(tmp_path / "a")
     float16 = kind == "float16"
     assert artifact.raw["norm.running_var"].dtype == getattr(torch, kind)
+    assert artifact.raw["steps"].dtype == torch.float32
     assert artifact.raw["large"].dtype == (torch.float32 if float16 else torch.bfloat16)
     assert artifact.raw["head.weight"].dtype == torch.float16 and "head.weight" not in artifact.narrow
     fresh = Net().eval()
+    assert artifact.narrow >= {"norm.weight", "norm.running_mean"} and not any("again" in n for n in artifact.raw)
     artifact.load_into(fresh)
     assert torch.equal(fresh(x), model(x)) and not torch.equal(fresh(x), full(x))
     torch.testing.assert_close(fresh(x), full(x), rtol=0.05, atol=0.05 * full(x).abs().max().item())
+    before["steps"] += 1  # in evaluation mode, too
     changed = {name for name, t in network.state_dict().items() if not torch.equal(t, before[name])}
     assert changed <= {"conv.weight"}
     state = load(tmp_path / "a")

@@ -178,6 +178,27 @@ def test_learned_widths_need_the_length_of_the_training_and_a_size_that_is_possi
     bitfront.prepare(Deep(), DiffQ(min_bits=1, **EVERY), max_size=0.0045, steps=10).eval()
 
 
+def test_floats_that_outgrow_their_type_end_no_evaluation(tmp_path: Path) -> None:
+    """But the file that would be too large is not written."""
+    network = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32))
+    method = DiffQ(raw_dtype="float16", **EVERY)
+    least = bitfront.prepare(copy.deepcopy(network), DiffQ(raw_dtype="float16", init_bits=3, **EVERY)).eval()
+    for quantizer in least.quantizers:
+        quantizer.logits.data.fill_(-20.0)
+    model = bitfront.prepare(network, method, max_size=least.save(tmp_path / "least") / MIB, steps=10)
+    network[1].running_var.fill_(1e5)
+    model.eval()
+    with pytest.raises(BitfrontError, match="max_size allows"):
+        model.save(tmp_path / "net")
+
+
+def test_a_single_number_is_a_tensor_too(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(16, 16))
+    network.gain = nn.Parameter(torch.tensor(1.5))
+    model = bitfront.quantize(network, GPTQ(min_size=0.0, exclude=["bias"]), [torch.randn(8, 16)], max_size=0.004)
+    assert model.save(tmp_path / "net") <= 0.004 * MIB
+
+
 def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) -> None:
     network = Deep()
     smallest = bitfront.quantize(network, RTN(bits=1, **EVERY)).save(tmp_path / "net")

@@ -167,6 +167,14 @@ def test_a_tied_embedding_is_stored_once_and_a_linear_layer_computes_packed(tmp_
     assert session.run(None, {"x": tokens[:1, :3].numpy()})[0].shape == (1, 3, 40)  # any number, any length
 
 
+def test_half_networks_run_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).half().eval(), torch.randn(4, 6, 64).half()
+    saved(network, x, tmp_path / "net", RTN(bits=4, **ALL))
+    told = bitfront.to_onnx(network, tmp_path / "net", x, tmp_path / "o")
+    assert told.difference < 1e-5 and next(network.parameters()).dtype == torch.float16
+
+
 def test_accuracy_level_4_is_near(tmp_path: Path) -> None:
     network = nn.Linear(256, 64)
     saved(network, torch.randn(4, 256), tmp_path / "net", RTN(bits=4, **ALL))

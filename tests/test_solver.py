@@ -19,6 +19,7 @@ from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed
 from bitfront.quant.rounding import round_to_nearest
 from bitfront.quant.rtn import RTN
+from bitfront.quant.scales import Scales
 from bitfront.quant.solver import Curvature, Grid, Layer, Solution
 
 
@@ -408,7 +409,9 @@ def test_weights_of_unknown_inputs_are_rounded_on_the_best_grid(symmetric: bool)
     for bits in (1, 2, 3, 8):
         exact: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": "float32"}
         (found, log), (plain, _) = (kind(**exact).solve(w, None) for kind in (DecoupleQ, GPTQ))
-        assert log == {} and torch.equal(plain.decode(), round_to_nearest(w, bits, -1, symmetric).decode())
+        assert log == {} and torch.equal(
+            plain.decode(), round_to_nearest(w, bits, -1, Scales(symmetric=symmetric)).decode()
+        )
         errors = [(p.decode() - w).square().sum(1) for p in (found, plain)]
         assert (errors[0] <= errors[1] * 1.01).all() and (bits > 2 or errors[0].sum() < 0.8 * errors[1].sum())
         again = Packed.nearest(w, torch.tensor([bits]), found.lo, found.span, -1)

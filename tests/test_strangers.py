@@ -4,6 +4,8 @@ and how users' writes meet a quantized model. Each against a calculation that kn
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitfront
 from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, DecoupleQ, DiffQ, Packed
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.inputs import Moments
 from bitfront.quant.plan import blocks
 
 EVERY = {"min_size": 0.0005}  # MB, so that small layers are quantized
@@ -566,3 +570,57 @@ def test_blocks_of_two_names_are_tuned_and_left_as_they_were() -> None:
     assert isinstance(model.network[0].first[0].weight, nn.Parameter)
     names = dict(model.network.named_parameters())
     assert all(torch.equal(names[name], packed.decode()) for name, packed in model.encode().items())
+
+
+def test_a_state_of_other_scales_is_refused_and_those_from_before_are_taken() -> None:
+    torch.manual_seed(0)
+    network, data = nn.Sequential(nn.Linear(128, 16)), batches(4, 128)
+    states = [
+        bitfront.quantize(network, GPTQ(bits=3, group_size=32, **options, **EVERY), data)
+        for options in ({"scale_dtype": "float32"}, {"scale_bits": 6}, {})
+    ]
+    for into, out in itertools.permutations(states, 2):
+        with pytest.raises(BitfrontError, match=r"scale_dtype|scale_bits"):
+            into.load_state_dict(out.state_dict())
+    old = bitfront.prepare(copy.deepcopy(network), bitfront.LSQ(bits=3, **EVERY))
+    state = old.state_dict()
+    key = next(name for name in state if name.endswith("_extra_state"))
+    told = json.loads(bytes(state[key].tolist()))
+    del told["scale_dtype"]
+    state[key] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    bitfront.prepare(copy.deepcopy(network), bitfront.LSQ(bits=3, **EVERY)).load_state_dict(state)
+    other = bitfront.prepare(copy.deepcopy(network), bitfront.LSQ(bits=3, scale_dtype="float16", **EVERY))
+    with pytest.raises(BitfrontError, match="scale_dtype=float32 there, float16 here"):
+        other.load_state_dict(state)
+
+
+def test_lsq_trains_what_it_stores_also_with_narrow_scales() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(64, 32)), torch.rand(16, 64)
+    model = bitfront.prepare(network, bitfront.LSQ(bits=8, group_size=-1, scale_dtype="float16", **EVERY))
+    seen = model.train()(x)
+    seen.square().sum().backward()
+    assert torch.equal(seen, model.eval()(x))
+    exact = bitfront.prepare(copy.deepcopy(network), bitfront.LSQ(bits=8, group_size=-1, **EVERY))
+    exact.train()(x).square().sum().backward()
+    ours, theirs = (next(iter(m.quantizers.parameters())).grad for m in (model, exact))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_grids_of_one_value_are_learned_in_the_unit_of_the_others() -> None:
+    w = torch.randn(4, 64)
+    w[0], w[1, :32] = 0.5, 0.25
+    packed, _ = GPTQ(bits=3, group_size=32).solve(w, Moments(torch.eye(64).double()[None], 10))
+    frozen = Frozen(packed, True)
+    unit = frozen.get_buffer("unit")
+    distance = packed.span.float() / 7
+    assert (distance[:3] == 0).all() and torch.equal(unit[3:], distance[3:])
+    assert torch.allclose(unit[:3], distance[3:].mean())
+
+
+def test_modules_that_come_after_the_wrapping_are_called() -> None:
+    network, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(4, 32)
+    model = bitfront.prepare(network, bitfront.LSQ(bits=4, raw_dtype="float16", **EVERY)).eval()
+    model(x)
+    network.append(nn.Linear(32, 2))
+    assert model(x).shape == (4, 2)

@@ -54,7 +54,8 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
             state[name] = _decoded(content, header["quantized"][name])
         else:
             kind, shape = TYPES[entries[name]["dtype"]], entries[name]["shape"]
-            state[name] = torch.from_numpy(content.copy()).view(kind).reshape(shape)
+            values = torch.from_numpy(content.copy()).view(kind) if content.size else torch.empty(0, dtype=kind)
+            state[name] = values.reshape(shape)
     if checksum != header["crc32"]:
         raise ValueError(f"'{path}' is damaged")
     for kind, names in header.get("narrow", {}).items():  # of what is float32 in the network; [] means all of it

@@ -66,7 +66,10 @@ class Artifact:
             about: plain JSON.
             raw_dtype: of the float32 tensors that are not quantized, where their values are not too large for it.
         """
+        may_be = narrowable(network) if raw_dtype != torch.float32 else {}
+        narrow_ids = {id(t) for t in may_be.values()}
         raw: dict[str, Tensor] = {}
+        narrow: set[str] = set()
         tied: dict[str, str] = {}
         first: dict[int, str] = {}
         for name, tensor in network.state_dict(keep_vars=True).items():
@@ -76,9 +79,9 @@ class Artifact:
             if known != name:
                 tied[name] = known
             elif name not in packed:
-                raw[name] = narrowed(tensor.detach(), raw_dtype).cpu()
-        state = network.state_dict()
-        narrow = {name for name, t in raw.items() if t.dtype != state[name].dtype}
+                stored = narrowed(tensor.detach(), raw_dtype) if id(tensor) in narrow_ids else tensor.detach()
+                narrow |= {name} if stored.dtype != tensor.dtype else set()
+                raw[name] = stored.cpu()
         return cls(dict(packed), raw, tied, dict(about), narrow)
 
     @property
@@ -92,15 +95,16 @@ class Artifact:
         tensors = _apart(tensors)
         layouts = {name: packed.layout() for name, packed in self.packed.items()}
         later = {key for layout in layouts.values() for key in layout}
-        header = {
+        header: dict[str, Any] = {
             "version": 3 if self.narrow or later & {"table", "coded"} else 2 if "rows" in later else 1,
             "quantized": layouts,
             "tied": self.tied,
             **({"narrow": self._narrow()} if self.narrow else {}),
-            "crc32": _checksum(tensors),
             "about": self.about,
         }
-        return safetensors.torch.save(tensors, {"bitfront": json.dumps(header, separators=(",", ":"))})
+        told = json.dumps(header, separators=(",", ":"))[:-1]
+        checked = f'{told},"crc32":{_checksum(tensors):>10}}}'  # as long whatever it is: a size is known beforehand
+        return safetensors.torch.save(tensors, {"bitfront": checked})
 
     def _narrow(self) -> dict[str, list[str]]:
         """By type, which tensors of it the network has as float32; [] for all of it."""
@@ -121,7 +125,8 @@ class Artifact:
         data = self.to_bytes()
         if limit and len(data) > limit:
             raise ArtifactError(
-                f"'{path}' would have {len(data):,} bytes, and max_size allows {limit:,}; say less about it"
+                f"'{path}' would have {len(data):,} bytes, and max_size allows {limit:,}; give a larger one, or say "
+                "less about it"
             )
         write_atomically(path, data)
         return len(data)
@@ -213,10 +218,19 @@ class Artifact:
         return problems
 
 
+def narrowable(network: nn.Module) -> dict[str, Tensor]:
+    """What may be stored in a narrower type, by its first name: float32 parameters, and the statistics of norms. Other
+    buffers may be whole numbers, or be written to."""
+    found: dict[str, Tensor] = dict(network.named_parameters())
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}{key}": t for key, t in module.named_buffers(recurse=False)}
+    return {name: t for name, t in found.items() if t.dtype == torch.float32}
+
+
 def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is stored, if float32 ones are in another type; as it is where it is too large for that."""
-    if t.dtype != torch.float32 or dtype == torch.float32:
-        return t
+    """A float32 tensor as it is stored in another type; as it is where it is too large for that."""
     stored = t.to(dtype)
     return stored if torch.equal(stored.isfinite(), t.isfinite()) else t
 

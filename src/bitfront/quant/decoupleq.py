@@ -66,7 +66,7 @@ class DecoupleQ(GPTQ):
         if inputs is not None:
             return super().solve(w, inputs)
         lo, span = fitted_range(w, self.bits, self.group_size, self.symmetric)
-        return on_stored_grid(w, self.bits, lo, span, self.group_size, self.dtype, self.scale_bits), {}
+        return on_stored_grid(w, self.bits, lo, span, self.group_size, self.scales), {}
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         steps = super().steps(layer)

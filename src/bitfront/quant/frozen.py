@@ -26,15 +26,21 @@ class Frozen(Quantizer):
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
         self.shape, self.rows = packed.shape, packed.rows
-        self.scales, self.by_rows = Scales(packed.lo.dtype, packed.table), by_rows(packed.lo, packed.shape).shape
-        self.settings, self.fixed = {"bits": int(packed.bits.max())}, not trainable
+        self.scales, self.by_rows = (
+            Scales(packed.lo.dtype, packed.table, symmetric),
+            by_rows(packed.lo, packed.shape).shape,
+        )
+        kind = str(packed.lo.dtype).removeprefix("torch.")
+        self.settings = {"bits": int(packed.bits.max()), "scale_dtype": kind, "scale_bits": packed.table}
+        self.fixed = not trainable
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
         self.levels, self.middle = (1 << int(packed.bits.max())) - 1, middle_code(int(packed.bits.max()))
         self.gain = self.shift = None
         if trainable:
             distance = packed.span.float() / self.levels
-            self.register_buffer("unit", torch.where((distance == 0) | (not relative), 1.0, distance))
+            usual = distance[distance != 0].abs().mean() if distance.any() else torch.ones(())
+            self.register_buffer("unit", torch.where(distance == 0, usual, distance) if relative else distance**0)
             self.gain = nn.Parameter(distance / self.get_buffer("unit"))
             middle = packed.lo.float() / self.get_buffer("unit") + self.gain.detach() * self.middle
             self.shift = nn.Parameter(middle, requires_grad=not symmetric)
@@ -43,7 +49,7 @@ class Frozen(Quantizer):
     def packed(self) -> Packed:
         codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
         if self.gain is not None:
-            lo, span = (self.scales.stored(x.detach().view(self.by_rows)).flatten() for x in self._learned())
+            lo, span = self._stored()
         return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
@@ -51,20 +57,17 @@ class Frozen(Quantizer):
         unit = self.get_buffer("unit")
         return unit * (self.shift - self.gain * self.middle), unit * self.gain * self.levels
 
-    def _seen(self) -> list[Tensor]:
-        """``lo`` and ``span`` as they would be stored, with the gradients of what is learned."""
-        found = []
-        for x in self._learned():
-            stored = self.scales.stored(x.detach().view(self.by_rows)).flatten().to(x.dtype)
-            found.append(x + (stored - x.detach()))
-        return found
+    def _stored(self) -> list[Tensor]:
+        lo, span = (x.detach().view(self.by_rows) for x in self._learned())
+        return [x.flatten() for x in self.scales.stored(lo, span)]
 
     def values(self) -> Tensor:
         """The weight, float32, differentiable in what is learned."""
         if self.gain is None:
             return self.packed.decode()
         codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
-        lo, span = self._seen()
+        # as they are stored, with the gradients of what is learned
+        lo, span = (x + (s.to(x) - x.detach()) for x, s in zip(self._learned(), self._stored(), strict=True))
         return Packed(codes, bits, lo, span, self.shape, self.rows).decode()
 
     def surrogate(self, w: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ class GPTQ(RTN):
 
         rows = w.float().reshape(inputs.batch, -1, inputs.columns)
         rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
-        lo, span = (by_rows(x, w.shape) for x in min_max(rows, size))
-        scales = Scales.fitting(self.dtype, self.scale_bits, lo, span, self.bits)
+        lo, span = (by_rows(x, w.shape) for x in min_max(rows, size, self.bits, self.symmetric))
+        scales = self.scales.fitting(lo, span, self.bits)
         solution = solve_rows(rows, rows.shape[2] // size, solve)
         power = log.pop("power") or 1.0
         flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
@@ -96,6 +96,6 @@ def packed(solution: Solution, shape: torch.Size, bits: int, scales: Scales, pad
     codes, scale, zero = (x.transpose(1, 2) for x in (solution.codes, solution.scale, solution.zero))
     levels, groups = 2**bits - 1, scale.shape[2]
     codes = codes.reshape(scale.numel(), -1).to(code_dtype(levels))
-    lo, span = (scales.stored(x.reshape(-1, groups)).flatten() for x in (zero, scale * levels))
+    lo, span = (x.flatten() for x in scales.stored(zero.reshape(-1, groups), (scale * levels).reshape(-1, groups)))
     width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)
     return Packed(codes, width, lo, span, shape, shape[0] if padding else 0, scales.table)

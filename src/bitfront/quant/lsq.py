@@ -21,6 +21,7 @@ from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, grouped, ungrouped
 from bitfront.quant.rounding import on_stored_grid
+from bitfront.quant.scales import Scales
 from bitfront.ranges import Ranges
 
 
@@ -48,12 +49,13 @@ class LSQQuantizer(Quantizer):
         step = step.detach() + self.gradient_scale * (step - step.detach())  # the value is unchanged
         scaled = (grouped(w, self.group_size) / step).clamp(self.low, self.high)
         rounded = scaled + (scaled.round() - scaled).detach()
-        return ungrouped(rounded * step, w.shape)
+        seen = ungrouped(rounded * step, w.shape)
+        return seen if self.dtype == torch.float32 else seen + (self.encode(w).decode() - seen).detach()
 
     def encode(self, w: Tensor) -> Packed:
         step = self.positive_step()
         lo, span = self.low * step, (self.high - self.low) * step
-        return on_stored_grid(w, self.width, lo.detach(), span.detach(), self.group_size, self.dtype)
+        return on_stored_grid(w, self.width, lo.detach(), span.detach(), self.group_size, Scales(self.dtype))
 
     def bits(self) -> Tensor:
         return torch.tensor(self.size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact, narrowed
+from bitfront.quant.artifact import Artifact, narrowable, narrowed
 from bitfront.quant.forwards import Uses, no_recomputation, refuse_recomputation, refuse_switch, unwritten
 from bitfront.quant.functional import call, places
 from bitfront.quant.optimizer import Joint
@@ -24,6 +24,7 @@ from bitfront.quant.parametrized import parametrized
 from bitfront.quant.steered import Steering
 from bitfront.quant.summary import summary
 
+BEFORE = {"scale_dtype": "float32", "scale_bits": 0}  # what settings were before there was a choice
 MB = 2**20  # bytes; the papers' penalties are per MB of this size
 
 
@@ -63,6 +64,7 @@ class Quantizer(nn.Module):
             BitfrontError: with what differs.
         """
         theirs, ours = (json.loads(bytes(x.tolist())) for x in (state, self.get_extra_state()))
+        theirs = {key: value for key, value in BEFORE.items() if key in ours} | theirs
         if theirs != ours:
             differing = [
                 f"{key}={theirs.get(key)} there, {ours.get(key)} here"
@@ -196,11 +198,11 @@ class QuantizedModel(nn.Module):
         """The tensors that are stored in a narrower type than the network has them in."""
         if self.raw_dtype == torch.float32:
             return {}
-        state: dict[int, tuple[str, Tensor]] = {}
-        for name, t in self.network.state_dict(keep_vars=True).items():
-            state.setdefault(id(t), (name, t))
         quantized = set(self.names)
-        return {name: t for name, t in state.values() if t.dtype == torch.float32 and name not in quantized}
+        found = {name: t for name, t in narrowable(self.network).items() if name not in quantized}
+        if not found.keys() <= self._places.keys():  # a module came later
+            self._places = places(self.network)
+        return found
 
     def steer(self, steps: int = 0, about: Mapping[str, Any] | None = None) -> None:
         """Have learned widths come to the method's ``max_size``.

@@ -6,44 +6,39 @@ import torch
 from torch import Tensor
 
 from bitfront.quant.packed import Packed, grouped, middle_code
-from bitfront.quant.scales import EXACT, Scales
+from bitfront.quant.scales import PLAIN, Scales
 
 
-def min_max(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest weight and range of each group of ``w``: ``[groups]`` each."""
+def min_max(w: Tensor, group_size: int, bits: int = 1, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Smallest weight and range of each group of ``w``, ``[groups]`` each; if symmetric, those of the grid of so many
+    bits whose middle code stands for 0."""
     lo, hi = torch.aminmax(grouped(w, group_size), dim=1)
-    return lo, hi - lo
+    if not symmetric:
+        return lo, hi - lo
+    levels, middle = 2**bits - 1, middle_code(bits)
+    scale = torch.maximum(-lo / middle, hi / (levels - middle))
+    return -middle * scale, levels * scale
 
 
 @torch.no_grad()
-def round_to_nearest(
-    w: Tensor, bits: int, group_size: int, symmetric: bool = False, dtype: torch.dtype = EXACT, table: int = 0
-) -> Packed:
+def round_to_nearest(w: Tensor, bits: int, group_size: int, scales: Scales = PLAIN) -> Packed:
     """Quantize ``w`` (any shape) to ``bits`` bits between the extremes of each group (``packed.grouped``).
 
     Args:
         w: finite weights.
         bits: 1..15.
         group_size: as in ``grouped``.
-        symmetric: widen the range so that the middle code stands for 0.
-        dtype, table: in which the range is stored, where it can be (``Scales.fitting``).
+        scales: how the range is to be stored; if symmetric, it is widened so that the middle code stands for 0.
     """
     w = w.float()
-    lo, span = min_max(w, group_size)
-    if symmetric:
-        levels, middle = 2**bits - 1, middle_code(bits)
-        scale = torch.maximum(-lo / middle, (lo + span) / (levels - middle))
-        lo, span = -middle * scale, levels * scale
-    return on_stored_grid(w, bits, lo, span, group_size, dtype, table)
+    return on_stored_grid(w, bits, *min_max(w, group_size, bits, scales.symmetric), group_size, scales)
 
 
-def on_stored_grid(
-    w: Tensor, bits: int, lo: Tensor, span: Tensor, group_size: int, dtype: torch.dtype = EXACT, table: int = 0
-) -> Packed:
-    """Round ``w`` to nearest on the grids, ``[groups]``, that are left when these are stored."""
+def on_stored_grid(w: Tensor, bits: int, lo: Tensor, span: Tensor, group_size: int, scales: Scales = PLAIN) -> Packed:
+    """Round ``w`` to nearest on the grids, ``[groups]``, that are left when these are stored as they can be."""
     lo, span = by_rows(lo, w.shape), by_rows(span, w.shape)
-    scales = Scales.fitting(dtype, table, lo, span, bits)
-    lo, span = scales.stored(lo).flatten(), scales.stored(span).flatten()
+    scales = scales.fitting(lo, span, bits)
+    lo, span = (x.flatten() for x in scales.stored(lo, span))
     return Packed.nearest(w, torch.tensor([bits], device=w.device), lo, span, group_size, scales.table)
 
 

@@ -14,6 +14,7 @@ from bitfront.quant.core import FixedBits
 from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed
 from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.scales import Scales
 from bitfront.ranges import Ranges
 
 GROUPS, TABLE = (64, 32), 6  # weights of a group, and bits of its range, that may pay where a row is one group
@@ -39,8 +40,13 @@ class RTN(PostTraining, FixedBits):
     per_layer: ClassVar[tuple[str, ...]] = (*FixedBits.per_layer, "symmetric", "scale_bits")
     ranges: ClassVar[Ranges] = {"scale_bits": "0..8"}
 
+    @property
+    def scales(self) -> Scales:
+        """How they are to be stored."""
+        return Scales(self.dtype, self.scale_bits, self.symmetric)
+
     def forms(self, w: Tensor) -> list[dict[str, Any]]:
-        if self.group_size == 0 or self.scale_bits:
+        if self.group_size == 0 or self.scale_bits or w.dim() < 2:
             return [{}]
         columns, size = w[0].numel(), self.group_size
         tables = [{"group_size": n, "scale_bits": TABLE} for n in ([size] if size > 0 else GROUPS) if n < columns]
@@ -51,4 +57,4 @@ class RTN(PostTraining, FixedBits):
         return self.symmetric
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
-        return round_to_nearest(w, self.bits, self.group_size, self.symmetric, self.dtype, self.scale_bits), {}
+        return round_to_nearest(w, self.bits, self.group_size, self.scales), {}

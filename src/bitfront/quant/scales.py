@@ -8,7 +8,7 @@ What is stored so stays the same when it is stored again: ``top`` is one of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,35 +24,57 @@ class Scales:
     Attributes:
         dtype: of what ``stored`` gives; float32 for tables.
         table: bits of the whole numbers; 0 for floats of ``dtype``.
+        symmetric: ``lo`` is a multiple of ``span``, and stays so.
     """
 
     dtype: torch.dtype = EXACT
     table: int = 0
+    symmetric: bool = False
 
-    def stored(self, x: Tensor) -> Tensor:
-        """What is left of ``lo`` or ``span``, ``[rows, scales of a row]``, when it is stored; infinite where it is too
-        large for that."""
-        return fine(*coarse(x, self.table), self.table) if self.table else x.to(self.dtype)
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.dtype == EXACT and not self.table
 
-    @classmethod
-    def fitting(cls, dtype: torch.dtype, table: int, lo: Tensor, span: Tensor, bits: int) -> Scales:
-        """The form that is asked for, or the next one that a tensor's grids can have: no table where rows have one grid
-        or a row is out of float16's range, float32 where ``dtype`` would move the values by ``EXACTLY`` or more.
+    def stored(self, lo: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of them, ``[rows, scales of a row]``, when they are stored; infinite where they are too large
+        for that."""
+        if not self.table:
+            return lo.to(self.dtype), span.to(self.dtype)
+        q, tops = coarse(span, self.table)
+        q_lo, tops_lo = coarse(lo, self.table)
+        return fine(q if self.symmetric else q_lo, tops_lo, self.table), fine(q, tops, self.table)
+
+    def fitting(self, lo: Tensor, span: Tensor, bits: int) -> Scales:
+        """This form, or the next one that a tensor's grids can have: no table where rows have one grid, or very
+        different ones; float32 where ``dtype`` would move the values by ``EXACTLY`` or more.
 
         Args:
-            dtype, table: as asked for.
             lo, span: ``[rows, scales of a row]``.
             bits: of the codes.
         """
-        if table and lo.shape[1] > 1 and all(_holds(torch.float16, top(x), top(x).abs() / 100) for x in (lo, span)):
-            return cls(EXACT, table)
+        if self.table and lo.shape[1] > 1 and self._tabulates(lo.float(), span.float()):
+            return replace(self, dtype=EXACT)
         moved = EXACTLY * span.float().abs() / (2**bits - 1)
         moved = torch.where(moved > 0, moved, lo.float().abs() / 100)  # all values of the grid are one
-        return cls(dtype if all(_holds(dtype, x, moved) for x in (lo, span)) else EXACT)
+        holds = all(_holds(self.dtype, x, moved) for x in (lo, span))
+        return replace(self, dtype=self.dtype if holds else EXACT, table=0)
+
+    def _tabulates(self, lo: Tensor, span: Tensor) -> bool:
+        """Whether the table has all rows' grids: their tops as float16 to less than a quarter of a unit, their ``lo``
+        of one sign, and no ``span`` that it would change by more than ``EXACTLY``."""
+        units = [top(x).abs() / (2**self.table - 1) for x in (lo, span)]
+        if not all(_holds(torch.float16, top(x), unit / 4) for x, unit in zip((lo, span), units, strict=True)):
+            return False
+        new_lo, new_span = self.stored(lo, span)
+        return bool(((new_lo - lo).abs() <= units[0]).all() and ((new_span - span).abs() <= EXACTLY * span.abs()).all())
 
 
 def _holds(dtype: torch.dtype, x: Tensor, error: Tensor) -> bool:
     return bool(((x.to(dtype).float() - x).abs() <= error).all())
+
+
+PLAIN = Scales()
 
 
 def top(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.packed import middle_code
-from bitfront.quant.scales import Scales
+from bitfront.quant.scales import PLAIN, Scales
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
@@ -165,7 +165,7 @@ class Layer:
         bits: int,
         group_size: int,
         symmetric: bool = False,
-        scales: Scales = Scales(),  # noqa: B008 frozen
+        scales: Scales = PLAIN,
     ) -> None:
         self.scales = scales
         self.w = w.float().transpose(1, 2).contiguous()
@@ -198,18 +198,15 @@ class Layer:
     def as_stored(self, grid: Grid) -> Grid:
         """The grid that is left of one when its zero and span are stored."""
 
-        def rounded(x: Tensor) -> Tensor:  # a row is one of the batch's
-            return (
-                self.scales.stored(x.transpose(1, 2).reshape(-1, self.groups)).float().view(self.batch, -1, self.groups)
-            )
-
-        span, zero = (rounded(x).transpose(1, 2) for x in (grid.scale * self.levels, grid.zero))
+        rows = (x.transpose(1, 2).reshape(-1, self.groups) for x in (grid.zero, grid.scale * self.levels))
+        stored = self.scales.stored(next(rows), next(rows))
+        zero, span = (x.float().view(self.batch, -1, self.groups).transpose(1, 2) for x in stored)
         return Grid(span / self.levels, zero)
 
     def stored(self, solution: Solution) -> Solution:
         """A solution on a grid that survives storing: the zeros, then the codes are fitted to the rounded scales."""
         grid, codes = self.as_stored(solution), solution.codes
-        if self.scales != Scales():
+        if not self.scales.exact:
             grid = self.as_stored(self.fit(codes, grid, fixed=grid.scale))
             codes = self.descend(codes, grid)
         return self.solution(codes, grid)

@@ -17,6 +17,7 @@ from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, grouped
 from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.scales import Scales
 
 
 class STEQuantizer(Quantizer):
@@ -32,7 +33,7 @@ class STEQuantizer(Quantizer):
         return w + (self.encode(w).decode() - w).detach()
 
     def encode(self, w: Tensor) -> Packed:
-        return round_to_nearest(w, self.width, self.group_size, dtype=self.dtype)
+        return round_to_nearest(w, self.width, self.group_size, Scales(self.dtype))
 
     def bits(self) -> Tensor:
         return torch.tensor(self.size)

@@ -131,7 +131,7 @@ class Steering(nn.Module):
                 fits = rest + sum(p.estimate for p in at(middle).values()) <= limit
                 low, high = (middle, high) if fits else (low, middle)
             excess = self._file(at(low)) - self.limit
-            if excess <= 0:
+            if excess <= 0 or low <= -MAX_BITS:  # all have the least: what is left is for the one who saves
                 break
             limit -= excess  # the header has a few digits more
         for q in self.quantizers:
