@@ -167,6 +167,21 @@ def test_learned_widths_come_to_a_size_and_know_where_they_are_needed(tmp_path: 
     assert torch.equal(loaded(data()[0]), model(data()[0]))
 
 
+@pytest.mark.parametrize("done", [60, 200])
+def test_a_file_saved_while_training_has_its_size_too(done: int, tmp_path: Path) -> None:
+    """Of 200 steps; and is what evaluation mode then sees."""
+    torch.manual_seed(0)
+    model = bitfront.prepare(Deep(), DiffQ(lr=0.05, **EVERY), max_size=0.007, steps=200).train()
+    optimizer = model.optimizer(torch.optim.SGD(model.network.parameters(), 1e-4))
+    for n in range(done):
+        optimizer.zero_grad()
+        model(data()[n % 8]).square().mean().backward()
+        optimizer.step()
+    assert 0.95 * 0.007 * MIB <= model.save(tmp_path / "net") <= 0.007 * MIB
+    loaded = bitfront.load(tmp_path / "net", into=Deep())
+    assert torch.equal(loaded(data()[0]), model.eval()(data()[0]))
+
+
 def test_learned_widths_need_the_length_of_the_training_and_a_size_that_is_possible() -> None:
     model = bitfront.prepare(Deep(), DiffQ(**EVERY), max_size=0.007)
     assert model.penalty() == 0
@@ -202,7 +217,7 @@ def test_a_single_number_is_a_tensor_too(tmp_path: Path) -> None:
 def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) -> None:
     network = Deep()
     smallest = bitfront.quantize(network, RTN(bits=1, **EVERY)).save(tmp_path / "net")
-    with pytest.raises(BitfrontError, match=f"the file has {smallest / MIB:.4g}, of which 0.000977 are tensors that"):
+    with pytest.raises(BitfrontError, match=f"the file has {smallest / MIB:.4g} MiB, of which 0.000977 are"):
         bitfront.quantize(network, RTN(**EVERY), data(), max_size=(smallest - 1) / MIB)
     assert bitfront.quantize(network, RTN(**EVERY), data(), max_size=smallest / MIB).save(tmp_path / "net") == smallest
     with pytest.raises(BitfrontError, match="give data"):

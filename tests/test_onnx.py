@@ -252,7 +252,7 @@ def test_a_network_of_the_users_own_by_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["format=onnx"], "does not name a task of ours"),
+        (["format=onnx"], "names no task of ours; give model= and data="),
         (["format=onnx", "model=tests.test_onnx:own"], "data= is needed with model="),
         (["format=float", "matmul_nbits=true"], "matmul_nbits: of format=onnx alone"),
         (["format=onnx", "accuracy_level=0"], "is of matmul_nbits=true"),

@@ -48,6 +48,8 @@ def exported(
 def _of_task(artifact: Artifact, file: Path, words: Sequence[str], data_root: str) -> tuple[nn.Module, list[Example]]:
     named_task = {key: value for key, _, value in (word.partition("=") for word in words) if key == "task"}
     changes = [word for word in words if not word.startswith("task=")]
+    if "task" not in artifact.about | named_task:
+        raise BitfrontError(f"'{file}' names no task of ours; give model= and data= of your network, or task=<name>")
     config = recorded(artifact.about | named_task, str(file), changes)
     config.values["data_root"] = data_root
     task, network = rebuilt(config, file)

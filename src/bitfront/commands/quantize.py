@@ -8,7 +8,7 @@ model=    timm.<name> | torchvision.<name> | hf:<folder> | <package.module>:<fun
 weights=  .pth, .safetensors, a file of ours | pretrained: what the library publishes; a folder of hf: has its own
 data=     a folder of images, of text or of sound; a text; <package.module>:<function> that gives batches
           with labels (class folders, text for causal networks, transcripts) the metric is measured before and after
-quant=    decoupleq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.samples= ...
+quant=    decoupleq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.min_size= ...
 max_size= MiB that the file may have, in place of bits=: each tensor gets the width that costs least
 raw_dtype=  float16 | bfloat16: of what is not quantized, in place of float32
 classes=  outputs of the network, where they are not the class folders; labels=false leaves labels alone
@@ -100,14 +100,15 @@ def _check_words(words: list[str], own: list[str]) -> None:
     Raises:
         BitfrontError: with the closest.
     """
-    knobs = {knob for name in compose.options("quant") for knob, _ in compose.knobs("quant", name)}
+    methods = [name for name in compose.options("quant") if calibrated(compose.load([f"quant={name}"]).values)]
+    knobs = {knob for name in methods for knob, _ in compose.knobs("quant", name)}
     for word in words:
         key = re.split(r"[=.]", word, maxsplit=1)[0]
         if key not in (*CELLS, *knobs):
-            known = [*own, "quant", *sorted(knobs)]
-            raise BitfrontError(
-                f"there is no '{key}'; {closest(key, known)}options: {', '.join(known)}, quant.*, task.*"
-            )
+            known = [*own, *CELLS, *sorted(knobs)]
+            options = {key for name in methods for key in compose.load([f"quant={name}"]).values["quant"]}
+            told = f"did you mean 'quant.{key}'? " if key in options else closest(key, known)
+            raise BitfrontError(f"there is no '{key}'; {told}options: {', '.join(known)}, quant.*, task.*")
 
 
 def _config(source: Source, chosen: Options, others: list[str]) -> compose.Config:

@@ -279,12 +279,14 @@ class QuantizedModel(nn.Module):
 
     @torch.no_grad()
     def encode(self) -> dict[str, Packed]:
-        """Every quantized tensor as it is stored.
+        """Every quantized tensor as it is stored; learned widths on their way to a size as whole ones that keep it.
 
         Raises:
             BitfrontError: a weight is not finite.
         """
         check_finite(self.network)
+        if self.steering and self.training:  # as evaluation mode does
+            self.steering.fit()
         return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
 
     def widths(self) -> dict[str, list[int]]:

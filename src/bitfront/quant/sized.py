@@ -93,7 +93,7 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
             }
             return replace(method, layers=(method.layers or {}) | layers)
         room -= excess  # the header has a few digits more or less
-    raise BitfrontError(_too_small(file(smallest), limit))
+    raise BitfrontError(_too_small(file(smallest), method.max_size))
 
 
 def _tried(
@@ -196,12 +196,12 @@ def _costs(tried: Mapping[str, Tried]) -> dict[str, list[Option]]:
     return options
 
 
-def _too_small(artifact: Artifact, limit: int) -> str:
+def _too_small(artifact: Artifact, asked: float) -> str:
     whole, raw = len(artifact.to_bytes()), sum(t.nbytes for t in artifact.raw.values())
     tables = sum(p.scales_bytes for p in artifact.packed.values())
     return (
-        f"max_size={limit / MB:.4g} MiB cannot be kept: at the smallest widths the file has {whole / MB:.4g}, of "
+        f"max_size={asked:g} MiB cannot be kept: at the smallest widths the file has {whole / MB:.4g} MiB, of "
         f"which {raw / MB:.3g} are tensors that stay float, {tables / MB:.3g} scales and zeros, "
         f"{(whole - artifact.payload) / MB:.3g} names and layout; raw_dtype=float16 halves what stays float, a smaller "
-        "min_size quantizes more of it, and larger groups have smaller tables"
+        "min_size (quant.min_size= of a command) quantizes more of it, and larger groups have smaller tables"
     )
