@@ -164,7 +164,8 @@ def to_onnx(
         BitfrontError: the file is another network's, torch cannot export it, or the outputs differ by more than 1e-5 of
             the largest (by 0.2 where inputs are rounded).
     """
-    from bitfront.exports.network import SAMPLES, Example, export
+    from bitfront.exports.examples import SAMPLES, Example
+    from bitfront.exports.network import export
 
     network = unwrapped(network)
     examples = Example.some(network, forward or call, drawn(data, 2 * SAMPLES, SAMPLES))

@@ -14,7 +14,8 @@ from bitfront.cells.recorded import recorded
 from bitfront.cells.single import Chosen, inputs
 from bitfront.data.source import found
 from bitfront.errors import BitfrontError
-from bitfront.exports.network import SAMPLES, Example, Exported, export
+from bitfront.exports.examples import SAMPLES, Example
+from bitfront.exports.network import Exported, export
 from bitfront.library import call, drawn
 from bitfront.models import named
 from bitfront.quant.artifact import Artifact

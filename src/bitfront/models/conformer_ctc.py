@@ -100,13 +100,9 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         x = nn.functional.glu(self.expand(self.norm(x))).masked_fill(padding[..., None], 0.0)
         x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        if (
-            torch.compiler.is_exporting()
-        ):  # to ONNX, where a selection's size would not be known; in evaluation the same
-            x = nn.functional.silu(self.batch_norm(x.transpose(1, 2)).transpose(1, 2)).masked_fill(
-                padding[..., None], 0.0
-            )
-            return self.dropout(self.project(x))
+        if torch.compiler.is_exporting():  # where a selection's size is not known; in evaluation it is the same
+            normed = self.batch_norm(x.transpose(1, 2)).transpose(1, 2)
+            return self.project(nn.functional.silu(normed).masked_fill(padding[..., None], 0.0))
         frames = nn.functional.silu(self.batch_norm(x[~padding]))  # [frames of all samples, dim]
         x = torch.zeros_like(x).masked_scatter(~padding[..., None], frames.to(x.dtype))
         return self.dropout(self.project(x))

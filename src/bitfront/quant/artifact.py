@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import duplicate, parametrized, resolve
+from bitfront.quant.scales import told
 
 NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"
@@ -66,8 +67,7 @@ class Artifact:
             about: plain JSON.
             raw_dtype: of the float32 tensors that are not quantized, where their values are not too large for it.
         """
-        may_be = narrowable(network) if raw_dtype != torch.float32 else {}
-        narrow_ids = {id(t) for t in may_be.values()}
+        may_be = {id(t) for t in narrowable(network).values()} if raw_dtype != torch.float32 else set()
         raw: dict[str, Tensor] = {}
         narrow: set[str] = set()
         tied: dict[str, str] = {}
@@ -79,7 +79,7 @@ class Artifact:
             if known != name:
                 tied[name] = known
             elif name not in packed:
-                stored = narrowed(tensor.detach(), raw_dtype) if id(tensor) in narrow_ids else tensor.detach()
+                stored = narrowed(tensor.detach(), raw_dtype) if id(tensor) in may_be else tensor.detach()
                 narrow |= {name} if stored.dtype != tensor.dtype else set()
                 raw[name] = stored.cpu()
         return cls(dict(packed), raw, tied, dict(about), narrow)
@@ -102,14 +102,14 @@ class Artifact:
             **({"narrow": self._narrow()} if self.narrow else {}),
             "about": self.about,
         }
-        told = json.dumps(header, separators=(",", ":"))[:-1]
-        checked = f'{told},"crc32":{_checksum(tensors):>10}}}'  # as long whatever it is: a size is known beforehand
+        text = json.dumps(header, separators=(",", ":"))[:-1]
+        checked = f'{text},"crc32":{_checksum(tensors):>10}}}'  # as long whatever it is: a size is known beforehand
         return safetensors.torch.save(tensors, {"bitfront": checked})
 
     def _narrow(self) -> dict[str, list[str]]:
         """By type, which tensors of it the network has as float32; [] for all of it."""
-        types = {_told(self.raw[name].dtype) for name in self.narrow}
-        of = {kind: {name for name, t in self.raw.items() if _told(t.dtype) == kind} for kind in sorted(types)}
+        types = {told(self.raw[name].dtype) for name in self.narrow}
+        of = {kind: {name for name, t in self.raw.items() if told(t.dtype) == kind} for kind in sorted(types)}
         return {kind: [] if names <= self.narrow else sorted(names & self.narrow) for kind, names in of.items()}
 
     def save(self, path: Path, limit: int = 0) -> int:
@@ -148,8 +148,8 @@ class Artifact:
         except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
             with open(path, "rb") as file:
                 torchs = file.read(2) == b"PK"
-            told = "was saved by torch; load it with torch.load" if torchs else f"is damaged ({error}); {REMEDY}"
-            raise ArtifactError(f"'{path}' {told}") from None
+            cause = "was saved by torch; load it with torch.load" if torchs else f"is damaged ({error}); {REMEDY}"
+            raise ArtifactError(f"'{path}' {cause}") from None
         except MemoryError:
             raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
         if not isinstance(header, dict):
@@ -164,7 +164,7 @@ class Artifact:
             narrow = {
                 name
                 for kind, names in header.get("narrow", {}).items()
-                for name in names or [name for name, t in tensors.items() if _told(t.dtype) == kind]
+                for name in names or [name for name, t in tensors.items() if told(t.dtype) == kind]
             }
             if not {*tied.values()} <= packed.keys() | tensors.keys():
                 raise ValueError("a tied name without its tensor")
@@ -233,10 +233,6 @@ def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 tensor as it is stored in another type; as it is where it is too large for that."""
     stored = t.to(dtype)
     return stored if torch.equal(stored.isfinite(), t.isfinite()) else t
-
-
-def _told(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def float_bytes(network: nn.Module) -> int:

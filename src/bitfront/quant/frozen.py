@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bitfront.quant.model import Quantizer
 from bitfront.quant.packed import Packed, middle_code
 from bitfront.quant.rounding import by_rows
-from bitfront.quant.scales import Scales
+from bitfront.quant.scales import Scales, told
 
 
 class Frozen(Quantizer):
@@ -26,12 +26,10 @@ class Frozen(Quantizer):
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
         self.shape, self.rows = packed.shape, packed.rows
-        self.scales, self.by_rows = (
-            Scales(packed.lo.dtype, packed.table, symmetric),
-            by_rows(packed.lo, packed.shape).shape,
-        )
-        kind = str(packed.lo.dtype).removeprefix("torch.")
-        self.settings = {"bits": int(packed.bits.max()), "scale_dtype": kind, "scale_bits": packed.table}
+        self.scales = Scales(packed.lo.dtype, packed.table, symmetric)
+        self.by_rows = by_rows(packed.lo, packed.shape).shape
+        form = {"scale_dtype": told(packed.lo.dtype), "scale_bits": packed.table}
+        self.settings = {"bits": int(packed.bits.max()), **form}
         self.fixed = not trainable
         for name in ("codes", "bits", "lo", "span"):
             self.register_buffer(f"packed_{name}", getattr(packed, name))
@@ -40,7 +38,8 @@ class Frozen(Quantizer):
         if trainable:
             distance = packed.span.float() / self.levels
             usual = distance[distance != 0].abs().mean() if distance.any() else torch.ones(())
-            self.register_buffer("unit", torch.where(distance == 0, usual, distance) if relative else distance**0)
+            unit = torch.where(distance == 0, usual, distance) if relative else torch.ones_like(distance)
+            self.register_buffer("unit", unit)
             self.gain = nn.Parameter(distance / self.get_buffer("unit"))
             middle = packed.lo.float() / self.get_buffer("unit") + self.gain.detach() * self.middle
             self.shift = nn.Parameter(middle, requires_grad=not symmetric)

@@ -26,7 +26,7 @@ from torch import Tensor
 from bitfront.errors import ArtifactError
 from bitfront.quant import entropy
 from bitfront.quant.layout import Layout
-from bitfront.quant.scales import coarse, fine
+from bitfront.quant.scales import coarse, fine, told
 
 _CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
 
@@ -179,7 +179,7 @@ class Packed:
             "group_size": self.codes.shape[1],
             "bits": [int(self.bits.min()), int(self.bits.max())],
             "scales": self.lo.numel(),
-            "dtype": str(self.lo.dtype).removeprefix("torch."),
+            "dtype": told(self.lo.dtype),
             **({"rows": self.rows} if self.rows else {}),
             **({"table": self.table} if self.table else {}),
             **({"coded": len(coded)} if (coded := self._coded()) is not None else {}),

@@ -17,6 +17,11 @@ EXACT = torch.float32
 EXACTLY = 0.25  # of the distance of two values: what the type of a grid may move it by
 
 
+def told(dtype: torch.dtype) -> str:
+    """A type as headers and settings name it: "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Scales:
     """The form.
