@@ -226,6 +226,19 @@ def test_a_size_that_cannot_be_kept_is_told_with_the_smallest(tmp_path: Path) ->
         bitfront.prepare(network, bitfront.Float(**EVERY), data(), max_size=1)
 
 
+def test_a_size_is_in_place_of_widths_and_of_a_penalty() -> None:
+    with pytest.raises(BitfrontError, match="in place of bits=3"):
+        bitfront.quantize(Deep(), RTN(bits=3, **EVERY), data(), max_size=0.009)
+    with pytest.raises(BitfrontError, match="in place of penalty=2"):
+        bitfront.prepare(Deep(), DiffQ(penalty=2, **EVERY), max_size=0.009, steps=10)
+
+
+def test_a_size_that_is_not_used_up_is_told() -> None:
+    told = "max_size=1 leaves room: all tensors have 8 bits"
+    assert told in bitfront.quantize(Deep(), RTN(**EVERY), data(), max_size=1).summary()
+    assert told not in bitfront.quantize(Deep(), RTN(**EVERY), data(), max_size=0.009).summary()
+
+
 def test_what_is_said_about_a_file_counts(tmp_path: Path) -> None:
     model = bitfront.quantize(Deep(), RTN(**EVERY), data(), max_size=0.009)
     size = model.save(tmp_path / "net")
@@ -302,6 +315,8 @@ def test_a_cell_keeps_its_size(tmp_path: Path) -> None:
         (("quant=rtn", "max_size=0.001"), "cannot be kept: at the smallest widths"),
         (("quant=float", "max_size=0.03"), "quant=float has no widths"),
         (("quant=rtn", "max_size=-1"), "max_size"),
+        (("quant=rtn", "bits=3", "max_size=0.03"), "max_size is in place of bits; give one"),
+        (("quant=diffq", "quant.penalty=5", "max_size=0.03"), "max_size is in place of penalty; give one"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(words: tuple[str, ...], told: str, tmp_path: Path) -> None:

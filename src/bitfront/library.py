@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bitfront.exports.network import Exported
 
 N = TypeVar("N", bound=nn.Module)
+M = TypeVar("M", bound=Method)
 
 
 def quantize(
@@ -67,8 +68,8 @@ def quantize(
         BitfrontError: there are no data, a weight or an input is not finite, a layer cannot be quantized as asked.
     """
     _check(method)
+    method = _to_size(method, max_size)
     network = resolve(duplicate(unwrapped(network)))
-    method = replace(method, max_size=max_size or method.max_size)
     batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
     kept = None if states is None else Path(states)
     calibration = Calibration(batches, forward or call, blocks, valid or not_padded, kept, seed)
@@ -106,8 +107,8 @@ def prepare(
         raise BitfrontError(
             f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
         )
+    method = _to_size(method, max_size)
     network = resolve(unwrapped(network))
-    method = replace(method, max_size=max_size or method.max_size)
     if not method.max_size:
         return method.attach(network)
     if isinstance(method, Sampled):
@@ -252,6 +253,15 @@ def _check(method: Any) -> None:
     for option in ("sft", "reestimate_bn"):
         if getattr(method, option):
             raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
+
+
+def _to_size(method: M, max_size: float) -> M:
+    method = replace(method, max_size=max_size or method.max_size)
+    for option in ("bits", "penalty") if method.max_size else ():
+        usual, value = getattr(type(method), option, None), getattr(method, option, None)
+        if usual is not None and value != usual:
+            raise BitfrontError(f"max_size is in place of {option}={value}; give one of them")
+    return method
 
 
 @torch.no_grad()

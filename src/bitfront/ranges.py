@@ -43,7 +43,7 @@ def refuse(values: Mapping[str, Any], ranges: Ranges, label: Callable[[str], str
         if isinstance(allowed, tuple):
             choices = ", ".join(map(str, allowed))
             raise BitfrontError(f"there is no {label(name)}={values[name]}; choices: {choices}")
-        raise BitfrontError(f"{label(name)} is {spoken(allowed)}, got {values[name]}")
+        raise BitfrontError(f"{label(name)} is {spoken(allowed)}, got {values[name]!r}")
 
 
 def inside(value: Any, allowed: Range) -> bool:

@@ -65,10 +65,22 @@ def check(words: Sequence[str]) -> None:
     pairs = [dict(zip(chosen, choice, strict=True)) for choice in itertools.product(*chosen.values())]
     configs = [(compose.files(**pair), pair["quant"]) for pair in pairs]
     plain = [override for override in overrides if override.key_or_group not in compose.GROUPS]
+    _check_size(plain)
     for refused in (_check_key, _check_value):
         for config, method in configs:
             for override in plain:
                 refused(config, override, method, plain)
+
+
+def _check_size(overrides: Sequence[Override]) -> None:
+    """Refuse a size together with what it is in place of."""
+    given = {o.key_or_group.removeprefix("quant."): _values(o) for o in overrides}
+    for key in ("bits", "penalty"):
+        if key in given and any(given.get("max_size", ())):
+            raise BitfrontError(
+                f"max_size is in place of {key}; give one of them (quant.layers={{<pattern>: {{bits: 8}}}} settles "
+                "some tensors, and max_size the others)"
+            )
 
 
 def check_values(config: Config) -> None:

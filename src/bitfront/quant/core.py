@@ -20,6 +20,8 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.steered import Steering
 from bitfront.ranges import Ranges, of, refuse
 
+WIDTHS = range(1, 9)  # among which max_size chooses
+
 
 @dataclass(kw_only=True)
 class Method:
@@ -187,7 +189,10 @@ class FixedBits(Sampled):
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         wider = [name for name, p in packed.items() if not p.table and p.lo.dtype != self.of(name).dtype]
-        return [f"{self.scale_dtype} would move the values of {', '.join(wider)}: float32 scales"] if wider else []
+        told = [f"{self.scale_dtype} would move the values of {', '.join(wider)}: float32 scales"] if wider else []
+        if self.max_size and min((int(p.bits.min()) for p in packed.values()), default=0) >= WIDTHS[-1]:
+            told.append(f"max_size={self.max_size:g} leaves room: all tensors have {WIDTHS[-1]} bits, its widest")
+        return told
 
 
 def check(holds: bool, message: str) -> None:

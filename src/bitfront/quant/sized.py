@@ -21,7 +21,7 @@ from bitfront.progress import Bar
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.budget import Option, allocate
 from bitfront.quant.calibration import PostTraining
-from bitfront.quant.core import FixedBits, Method
+from bitfront.quant.core import WIDTHS, FixedBits, Method
 from bitfront.quant.decoupleq import fitted_range
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import MB
@@ -31,7 +31,6 @@ from bitfront.quant.sensitivity import error, gradients, price
 from bitfront.quant.undisturbed import undisturbed
 
 M = TypeVar("M", bound=Method)
-WIDTHS = range(1, 9)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
 HELD = 1 << 30  # bytes of second moments at once; where there are more, the data are gone through again
 
