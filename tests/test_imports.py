@@ -15,18 +15,18 @@ from bitfront.commands import COMMANDS
 
 PACKAGE = REPOSITORY / "src" / "bitfront"
 FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
-BASE = {"errors", "shipped", "console", "processes", "progress", "ranges", "theirs"}
+BASE = {"errors", "shipped", "console", "processes", "progress", "ranges", "theirs", "downloads"}
 MAY = {  # what each floor may import, besides itself
     **{name: {"errors", "shipped", "processes"} for name in BASE},
     "quant": {"errors", "ranges", "progress"},
     "exports": {"quant", "errors", "progress"},
-    "models": {"errors", "theirs"},
-    "data": {"errors", "shipped", "progress", "theirs"},
+    "models": {"errors", "theirs", "downloads"},
+    "data": {"errors", "shipped", "progress", "theirs", "downloads"},
     "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},
     "cells": {"tasks", "models", "quant", "exports", "library", "data", *BASE},
     "sweeps": {"cells", *BASE},
     "reports": {"cells", *BASE},
-    "commands": {"sweeps", "reports", "cells", "tasks", "quant", "data", *BASE},
+    "commands": {"sweeps", "reports", "cells", "tasks", "quant", "models", "data", *BASE},
     "run": {"commands"},
     "__main__": {"commands", *BASE},
     "library": {"quant", "exports", "errors"},

@@ -17,10 +17,11 @@ from conftest import REPOSITORY, cli, elsewhere
 
 from bitfront.cells.cell import Cell
 from bitfront.cells.provenance import environment
-from bitfront.cells.record import Record, read, read_all, sha256
+from bitfront.cells.record import Record, read, read_all
 from bitfront.cells.runs import Run
 from bitfront.cells.trainer import check_checkpoint
 from bitfront.commands.evaluate import compared
+from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
 from bitfront.quant.artifact import Artifact
 

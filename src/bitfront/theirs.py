@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from bitfront.errors import BitfrontError
 
 MADE = "<package.module>:<function>"
 FOLDER = "hf:"  # before the path of a network that transformers has saved
+GGUF = ".gguf"
+
+
+def saved(network: str) -> tuple[Path, dict[str, str]]:
+    """The folder of a network that transformers reads, and the option that says so where it is one file of it."""
+    place = Path(network.removeprefix(FOLDER))
+    return (place.parent, {"gguf_file": place.name}) if place.suffix == GGUF else (place, {})
 
 
 def imported(option: str, name: str) -> Any:

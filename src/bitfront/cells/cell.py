@@ -12,9 +12,10 @@ from pathlib import Path
 
 from bitfront.cells import compose, tracking
 from bitfront.cells.identity import calibrated, identity, trains
-from bitfront.cells.record import Record, sha256
+from bitfront.cells.record import Record
 from bitfront.cells.runs import Origin, Run
 from bitfront.console import CONSOLE
+from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
 from bitfront.processes import rank
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitfront.cells.identity import FINGERPRINT, calibrated
-from bitfront.data.folders import find, fingerprint
+from bitfront.data.folders import find, fingerprint, first
 from bitfront.errors import BitfrontError, first_line
 from bitfront.shipped import module, shipped
 from bitfront.theirs import FOLDER
@@ -152,10 +152,10 @@ def fingerprinted(config: Config) -> Config:
         if str(data).startswith("<"):
             raise BitfrontError(f"task={config.task} needs data={data}")
         places = [find(str(data), values["data_root"])]
+        if training := values["task"].get("train_data"):
+            places.append(first(training, values["data_root"], "task.train_data="))
         if network.startswith(FOLDER):
-            places.append(Path(network.removeprefix(FOLDER)))
-            if not places[1].is_dir():
-                raise BitfrontError(f"model={network}: there is no folder '{places[1]}'")
+            places.append(find(network.removeprefix(FOLDER), values["data_root"], f"model={FOLDER}"))
         values["task"][FINGERPRINT] = "-".join(fingerprint(place, values["data_root"]) for place in places)
     return config
 

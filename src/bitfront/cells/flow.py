@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from bitfront.cells.check import check_values, recipe_of
 from bitfront.cells.compose import Config
 from bitfront.cells.identity import FINGERPRINT, trains
 from bitfront.cells.provenance import environment, peak_memory
-from bitfront.cells.record import Head, Primary, Record, Sizes, sha256
+from bitfront.cells.record import Head, Primary, Record, Sizes
 from bitfront.cells.runs import Origin, Run
 from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
 from bitfront.data.folders import unsplit
+from bitfront.downloads import sha256
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
@@ -231,6 +233,10 @@ def _attached(
         raise BitfrontError("the network has no batch norm; leave out quant.reestimate_bn")
     if config.values["smoke"]:
         method = method.fitting(network)
+    if isinstance(method, FixedBits) and not method.max_size:
+        own = method.eligible(network)
+        layers = {name: settings for name, settings in task.layers(network).items() if name in own}
+        method = replace(method, layers=layers | (method.layers or {}))
     try:
         if method.max_size and isinstance(method, FixedBits):
             data = _calibration(task, method, network, device, run)

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from bitfront.theirs import FOLDER
+
 BORN: dict[str, Any] = {
     "train.optim": "adamw",
     "train.momentum": 0.9,
@@ -35,6 +37,8 @@ BORN: dict[str, Any] = {
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
     "quant.raw_dtype": "float32",
+    "task.train_data": [],
+    "task.test_tokens": 0,
 }
 BORN_TRAINED: dict[str, Any] = {"quant.scale_dtype": "float32"}  # of what trains; other methods always had one
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on
@@ -56,8 +60,9 @@ def identity(task: str, method: str, config: Mapping[str, Any], init: str | None
         init: hash of the artifact that the cell starts from.
     """
     kept: dict[str, Any] = {key: config[key] for key in ("task", "quant")}
-    if FINGERPRINT in config["task"]:  # which says more than where the data are
-        kept["task"] = {key: value for key, value in config["task"].items() if key != "data"}
+    if FINGERPRINT in config["task"]:  # which says more than where data and a saved network are
+        places = {"data", "network"} if str(config["task"].get("network")).startswith(FOLDER) else {"data"}
+        kept["task"] = {key: value for key, value in config["task"].items() if key not in places}
     if trains(config):
         kept["train"] = config["train"]
     elif config["quant"].get("reestimate_bn"):

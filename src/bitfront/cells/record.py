@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -221,12 +220,6 @@ def read_all(root: Path) -> list[Record]:
 def text_of(status: str, content: Mapping[str, Any]) -> str:
     """The text of a record's file."""
     return json.dumps({"schema": SCHEMA, "status": status} | dict(content), indent=1) + "\n"
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def numbers(records: Sequence[Record]) -> set[str]:

@@ -4,7 +4,7 @@ python -m src.quantize model=torchvision.resnet18 weights=mine.pth data=photos q
 python -m src.quantize model=hf:minilm data=texts quant=gptq bits=4
 python -m src.quantize model=mypackage.nets:build weights=mine.pth data=mypackage.data:loader quant=rtn bits=4
 
-model=    timm.<name> | torchvision.<name> | hf:<folder> | <package.module>:<function>
+model=    timm.<name> | torchvision.<name> | hf:<folder or .gguf> | <package.module>:<function>
 weights=  .pth, .safetensors, a file of ours | pretrained: what the library publishes; a folder of hf: has its own
 data=     a folder of images, of text or of sound; a text; <package.module>:<function> that gives batches
           with labels (class folders, text for causal networks, transcripts) the metric is measured before and after
@@ -26,6 +26,7 @@ from bitfront.cells.check import check, check_values, closest
 from bitfront.cells.identity import calibrated
 from bitfront.commands.options import options
 from bitfront.console import CONSOLE
+from bitfront.data.folders import network
 from bitfront.data.source import Source, found
 from bitfront.errors import BitfrontError
 from bitfront.progress import phase
@@ -79,6 +80,7 @@ def main(words: list[str]) -> None:
     for name in ("model", "data"):
         if not getattr(chosen, name):
             raise BitfrontError(f"{name}= is needed; {module('quantize')} --help says what it takes")
+    chosen.model = network(chosen.model, chosen.data_root)
     source = found(chosen.data, chosen.data_root, chosen.model, chosen.classes, chosen.labels)
     config = _config(source, chosen, others)
     out = _out(chosen, config.method)
@@ -89,8 +91,8 @@ def main(words: list[str]) -> None:
     with phase("loading PyTorch"):
         from bitfront.cells.single import Chosen, quantized
 
-    network = Chosen(chosen.model, chosen.weights, chosen.classes, chosen.accelerator, out)
-    for line in quantized(source, config, network):
+    own = Chosen(chosen.model, chosen.weights, chosen.classes, chosen.accelerator, out)
+    for line in quantized(source, config, own):
         CONSOLE.print(line)
 
 

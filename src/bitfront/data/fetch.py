@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitfront.errors import BitfrontError
-
-
-def fetch(name: str, root: Path, subset: str) -> Path:
-    """Download a set and bring it into its layout.
-
-    Args:
-        name: one of ``SETS``.
-        root: of the data sets.
-        subset: of LibriSpeech.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        BitfrontError: there is no such subset, no network, no room, or the download is damaged.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return SETS[name](root, subset)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BitfrontError(
-            f"could not fetch {name} ({type(error).__name__}: {error}); it needs a network and room in '{root}'; or "
-            "copy the set there from a machine that has it"
-        ) from None
+from bitfront.downloads import moved
 
 
 def cifar(name: str) -> Callable[[Path, str], Path]:
@@ -56,17 +30,6 @@ def cifar(name: str) -> Callable[[Path, str], Path]:
         return moved(root, name, write)
 
     return get
-
-
-def moved(root: Path, name: str, write: Callable[[str], Any]) -> Path:
-    """The folder ``root/name``, if it is not there from what ``write`` leaves below a temporary folder."""
-    folder = root / name
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
-            write(temporary)
-            folder.parent.mkdir(exist_ok=True)
-            os.replace(Path(temporary) / name, folder)
-    return folder
 
 
 def librispeech(root: Path, subset: str) -> Path:

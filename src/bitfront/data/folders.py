@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfront.errors import BitfrontError
+from bitfront.theirs import FOLDER
 
 SPLITS = ("train", "valid", "test")
 NAMES = {
@@ -23,12 +24,13 @@ NAMES = {
 YOUNG = 2e9  # nanoseconds: a file this young may change again without another time, so it is hashed again
 
 
-def find(data: str, data_root: str) -> Path:
+def find(data: str, data_root: str, option: str = "data=") -> Path:
     """The folder or file that a user means.
 
     Args:
         data: relative to the working directory, or to ``data_root``.
         data_root: folder of the data sets.
+        option: that has it, for messages.
 
     Raises:
         BitfrontError: it is in neither place.
@@ -38,8 +40,31 @@ def find(data: str, data_root: str) -> Path:
         if place.exists():
             return place
     raise BitfrontError(
-        f"there is no data={data}: neither '{places[0].absolute()}' nor '{places[1].absolute()}' is there"
+        f"there is no {option}{data}: neither '{places[0].absolute()}' nor '{places[1].absolute()}' is there"
     )
+
+
+def first(names: Sequence[str], data_root: str, option: str) -> Path:
+    """The first of some folders or files that is there.
+
+    Raises:
+        BitfrontError: none is.
+    """
+    for name in names[:-1]:
+        with suppress(BitfrontError):
+            return find(name, data_root, option)
+    return find(names[-1], data_root, option)
+
+
+def network(name: str, data_root: str) -> str:
+    """The name of a network, with the place of one that transformers has saved as ``find`` finds it.
+
+    Raises:
+        BitfrontError: there is none.
+    """
+    if not name.startswith(FOLDER):
+        return name
+    return FOLDER + str(find(name.removeprefix(FOLDER), data_root, f"model={FOLDER}"))
 
 
 def unsplit(data: str, data_root: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bitfront.data import folders
 from bitfront.errors import BitfrontError
-from bitfront.theirs import FOLDER
+from bitfront.theirs import FOLDER, saved
 
 KINDS = {  # by task, the files that its reader knows; transcripts, which are texts, lie beside recordings
     "audio": (".wav", ".flac", ".ogg", ".mp3"),
@@ -76,8 +76,11 @@ def _labelled(kind: str, place: Path, files: list[Path], model: str, classes: in
 
 def causal(model: str) -> bool:
     """Whether a folder of transformers has a network that predicts the next token."""
+    folder, file = saved(model)
+    if file:
+        return True
     try:
-        told = json.loads((Path(model.removeprefix(FOLDER)) / "config.json").read_text())["architectures"][0]
+        told = json.loads((folder / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, LookupError, TypeError):
         return False  # refused where it is built
     return str(told).endswith(("ForCausalLM", "LMHeadModel"))

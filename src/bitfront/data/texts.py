@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,30 @@ def texts(place: Path, memory: Path) -> dict[str, str]:
     return _cut({split: _joined([place / name for name in part]) for split, part in given.items()}, place)
 
 
+def apart(place: Path, training: Path) -> dict[str, str]:
+    """The text of each split, where the one to train on lies elsewhere.
+
+    Args:
+        place: a file to test on; or a folder with ``{valid,test}.txt``. Without valid, a tenth of the training text.
+        training: a file; or a folder with ``train.txt``, or of texts that are all for training.
+
+    Raises:
+        BitfrontError: as in ``texts``; or ``place`` has a text to train on itself.
+    """
+    given = {"test": place} if place.is_file() else split_files(place, [SUFFIX])
+    if "train" in given or "test" not in given:
+        raise BitfrontError(
+            f"task.train_data is for data that have texts to test on alone; '{place}' has {list(given)}"
+        )
+    own = [training] if training.is_file() else files(training, [SUFFIX])
+    if training.is_dir() and "train" in (named := split_files(training, [SUFFIX])):
+        own = [named["train"]]
+    if not own:
+        raise BitfrontError(f"there is no *{SUFFIX} in '{training}'")
+    parts = {split: [path] for split, path in given.items()}
+    return _cut({split: _joined(paths) for split, paths in {"train": own, **parts}.items()}, place)
+
+
 def _joined(paths: Sequence[Path]) -> str:
     """Texts one after the other, each from the beginning of a line."""
     parts = []
@@ -84,27 +109,22 @@ def digest(content: Mapping[str, str]) -> str:
     return total.hexdigest()[:12]
 
 
-def encoded(content: Mapping[str, str], file: Path, start: int | None) -> Corpus:
+def encoded(content: Mapping[str, str], rules: str, where: str, start: int | None) -> Corpus:
     """Texts in the tokens of a network that is there already.
 
     Args:
         content: by split.
-        file: tokenizer.json, of the package tokenizers.
+        rules: of a tokenizer, as the package tokenizers has them in a tokenizer.json.
+        where: these are, for messages.
         start: token that stands before a text; None for that of a line end.
 
     Returns:
         With 1 for the size of every token: what it stands for may not be whole bytes.
 
     Raises:
-        BitfrontError: the file is not there, or damaged, or its tokenizer makes nothing of a text.
+        BitfrontError: the rules are damaged, or make nothing of a text.
     """
-    from tokenizers import Tokenizer
-
-    rules = utf8(file)
-    try:
-        tokenizer = Tokenizer.from_str(rules)
-    except Exception as error:  # tokenizers raises it itself
-        raise BitfrontError(f"could not read the tokenizer '{file}': {error}") from None
+    tokenizer = read(rules, where)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     first = [start] if start is not None else tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
@@ -114,10 +134,24 @@ def encoded(content: Mapping[str, str], file: Path, start: int | None) -> Corpus
         for encoding in tokenizer.encode_batch(list(_pieces(text)), add_special_tokens=False):
             stream.extend(encoding.ids)
         if not first or len(stream) < 2:
-            raise BitfrontError(f"the tokenizer '{file}' makes no tokens of {'line ends' if not first else split}")
+            raise BitfrontError(f"the tokenizer of {where} makes no tokens of {'line ends' if not first else split}")
         streams[split], words[split] = torch.from_numpy(np.array(stream)), len(text.split()) + text.count("\n")
     size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     return Corpus(streams, torch.ones(size, dtype=torch.int64), words)
+
+
+def read(rules: str, where: str) -> Any:
+    """A tokenizer.
+
+    Raises:
+        BitfrontError: the rules are damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(rules)
+    except Exception as error:  # tokenizers raises it itself
+        raise BitfrontError(f"could not read the tokenizer of {where}: {error}") from None
 
 
 def _pieces(text: str) -> Iterator[str]:

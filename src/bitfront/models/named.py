@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError, first_line
+from bitfront.models import hf
 from bitfront.theirs import FOLDER, MADE, imported
 
 FORMS = f"timm.<name>, torchvision.<name>, {FOLDER}<folder>, {MADE}"
@@ -32,7 +31,8 @@ def build(
 
     Args:
         name: ``timm.<name>``, ``torchvision.<name>``; ``hf:<folder>``, as ``save_pretrained`` leaves it, of the class
-            that its config.json names; or ``<package.module>:<function>``, also of the working directory.
+            that its config.json names, or ``hf:<file.gguf>``; or ``<package.module>:<function>``, also of the working
+            directory.
         classes: of its output, where the library or the function takes their number.
         pretrained: with the weights that the library publishes, or of the folder; else fresh.
         given: what else a function may take, by the names of its parameters, as ``{"vocabulary": 1024}``.
@@ -44,7 +44,7 @@ def build(
     check(name)
     try:
         if name.startswith(FOLDER):
-            return _of_folder(name, pretrained)
+            return hf.build(name, pretrained)
         if ":" in name:
             return _made(name, dict.fromkeys(CLASSES, classes) | dict(given or {}))
         return _of_library(name, {} if classes is None else {"num_classes": classes}, pretrained, options)
@@ -71,7 +71,7 @@ def check(name: str, known: Sequence[str] = ()) -> None:
     """
     given = bool(known)
     if name.startswith(FOLDER) and not known:
-        _class_of(name)
+        hf.kind(name)
     elif ":" in name and not known:
         _function(name)
     elif name not in (known := known or libraries()):
@@ -134,43 +134,6 @@ def _of_library(name: str, outputs: Mapping[str, Any], pretrained: bool, options
 
     weights = "IMAGENET1K_V1" if pretrained else None  # which the papers start from
     return torchvision.models.get_model(network, weights=weights, **outputs)
-
-
-def _class_of(name: str) -> Any:
-    """The class of transformers that a folder's config.json names."""
-    folder = Path(name.removeprefix(FOLDER))
-    try:
-        wanted = json.loads((folder / "config.json").read_text())["architectures"][0]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise BitfrontError(
-            f"model={name}: '{folder}/config.json' is not there or names no architecture; give a folder that "
-            "save_pretrained has written"
-        ) from None
-    try:
-        import transformers
-    except ImportError:
-        raise BitfrontError(f"model={name} needs transformers: pip install transformers") from None
-    found = getattr(transformers, str(wanted), None)
-    if found is None:
-        raise BitfrontError(
-            f"model={name}: transformers has no {wanted}; give <package.module>:<function> for your own"
-        )
-    return found
-
-
-def _of_folder(name: str, pretrained: bool) -> nn.Module:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    kind, folder = _class_of(name), name.removeprefix(FOLDER)
-    if pretrained:
-        options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
-        network, told = kind.from_pretrained(folder, **options)
-        if told["missing_keys"]:
-            raise BitfrontError(f"model={name}: its weights lack {', '.join(sorted(told['missing_keys'])[:5])}")
-        return network.train()
-    return kind(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -94,6 +94,11 @@ class Task:
         """Names of the modules that post-training quantization works on one after the other; None finds them."""
         return None
 
+    def layers(self, net: nn.Module) -> dict[str, dict[str, Any]]:
+        """Of tensors that are to have other settings than the rest, by name, where a method has one width for each and
+        no size to keep: as ``Method.layers``."""
+        return {}
+
     def valid(self, batch: Any) -> Tensor | None:
         """The share of each sample that is not padding, ``[samples]`` in 0..1; None where nothing is padded."""
         return None

@@ -58,8 +58,9 @@ class OwnImages(Classifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named.check(self.network, [] if ":" in self.network else [*NETWORKS, *named.libraries()])
         self.pretrained = self.network.startswith(named.FOLDER)
+        if not self.pretrained:
+            named.check(self.network, [] if ":" in self.network else [*NETWORKS, *named.libraries()])
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise BitfrontError(f"task.mean={self.mean} and task.std={self.std} have three numbers each, std positive")
 
@@ -86,7 +87,8 @@ class OwnImages(Classifier):
             network = NETWORKS[self.network](3, classes)
         else:
             size = {"image_size": self.image_size}
-            network = named.build(self.network, classes, pretrained=pretrained, given=size)
+            name = folders.network(self.network, self.data_root)
+            network = named.build(name, classes, pretrained=pretrained, given=size)
         x = torch.zeros(1, 3, self.image_size, self.image_size)
         remedy = f"the data have {classes} classes, and task.image_size= sets the size of their images"
         named.check_outputs(network, self.network, x, (1, classes), remedy)

@@ -39,9 +39,10 @@ class Language(Task):
             ``bitfront.data.text.FILES``, which lie in data_root.
         vocabulary: number of tokens.
         context: tokens that the network sees at once.
-        overlap: how many of them, in evaluation, are there as context of the others only.
+        overlap: how many of them, in evaluation, are there as context of the others only. -1: windows share no token,
+            none predicts its first, and what is left at the end does not count, as papers on quantization measure.
         tokens: to train on in an epoch, in windows at random places; 0 for the whole text.
-        valid_tokens: to validate on, the first ones; 0 for all.
+        valid_tokens, test_tokens: to validate and test on, the first ones; 0 for all.
         dim, depth, heads: of the transformer.
         dropout, attention_dropout, relu_dropout, softmax_dropout, layerdrop: in training, of ``TransformerLM``.
         cutoffs: where the bands of rarer words begin that have fewer dimensions; none for one band.
@@ -66,21 +67,24 @@ class Language(Task):
     layerdrop: float = 0.0
     cutoffs: list[int] = field(default_factory=list)
     final_norm: bool = True
+    test_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, fits in {
             "heads": self.heads > 0 and self.dim % (2 * self.heads) == 0,
-            "overlap": 0 <= self.overlap < self.context,
+            "overlap": -1 <= self.overlap < self.context,
             "tokens": self.tokens >= 0,
             "valid_tokens": self.valid_tokens >= 0,
+            "test_tokens": self.test_tokens >= 0,
             "cutoffs": [*self.cutoffs, self.vocabulary] == sorted({0, *self.cutoffs, self.vocabulary} - {0}),
             **{n: 0 <= getattr(self, n) < 1 for n in vars(self) if n.endswith(("dropout", "layerdrop"))},
         }.items():
             if not fits:
                 raise BitfrontError(
                     f"task.{name}={getattr(self, name)} does not fit: heads divide dim into even parts, overlap is "
-                    "less than context, tokens are not negative, cutoffs rise up to vocabulary, dropouts are in 0..1"
+                    "-1 or more and less than context, tokens are not negative, cutoffs rise up to vocabulary, "
+                    "dropouts are in 0..1"
                 )
 
     @cached_property
@@ -108,12 +112,22 @@ class Language(Task):
         )
 
     def dataset(self, split: str) -> Windows:
-        stream = self.corpus.streams[split]
         if split == "train":
-            return Windows(stream, self.context, drawn=self.tokens)
-        if split == "valid" and self.valid_tokens:
-            stream = stream[: self.valid_tokens + 1]
-        return Windows(stream, self.context, self.overlap)
+            return Windows(self.corpus.streams[split], self.context, drawn=self.tokens)
+        apart = self.overlap < 0
+        return Windows(self.measured(split)[apart:], self.context - apart, self.overlap)
+
+    def measured(self, split: str) -> Tensor:
+        """The tokens of a split that are measured on, behind the one before them.
+
+        Raises:
+            BitfrontError: there are fewer than a window has, and none may be left over.
+        """
+        stream = self.corpus.streams[split]
+        n = min({"valid": self.valid_tokens, "test": self.test_tokens}[split] or len(stream) - 1, len(stream) - 1)
+        if self.overlap < 0 and not (n := n // self.context * self.context):
+            raise BitfrontError(f"{split} has fewer tokens than a window; lower task.context={self.context}")
+        return stream[: n + 1]
 
     def undisturbed(self, dataset: Windows) -> Windows:
         return replace(dataset, drawn=0)

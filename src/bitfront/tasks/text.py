@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from bitfront.data import folders
 from bitfront.data.corpus import Corpus, Windows, generated, tokenized
 from bitfront.data.text import VERSION, byte_pairs
-from bitfront.data.texts import digest, encoded, texts
+from bitfront.data.texts import apart, digest, encoded, read, texts
 from bitfront.errors import BitfrontError
-from bitfront.models import named
+from bitfront.models import hf, named
 from bitfront.tasks.language import Language
 
 OURS = "transformer"
@@ -37,20 +36,30 @@ class OwnText(Language):
         network: "transformer" (``TransformerLM``), or as ``models.named.build`` takes it. One in a folder is pretrained
             and has a tokenizer, which is used; then ``vocabulary`` is that of its config.json.
         tokens: as of ``Language``, but no more than there are.
+        train_data: where the text to train and calibrate on is, the first of these that is there; none: in ``data``.
     """
 
     fingerprint: str | None
     network: str
+    train_data: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named.check(self.network, [] if ":" in self.network else [OURS, f"{named.FOLDER}<folder>", named.MADE])
         self.pretrained = self.network.startswith(named.FOLDER)
+        if not self.pretrained:
+            named.check(self.network, [] if ":" in self.network else [OURS, f"{named.FOLDER}<folder>", named.MADE])
+
+    @cached_property
+    def name(self) -> str:
+        """Of the network, with the place where it was found."""
+        return folders.network(self.network, self.data_root)
 
     @cached_property
     def content(self) -> dict[str, str]:
         """The text of each split."""
         place = folders.find(self.data, self.data_root)
+        if self.train_data:
+            return apart(place, folders.first(self.train_data, self.data_root, "task.train_data="))
         return texts(place, folders.memory(self.data_root, place, "text"))
 
     @cached_property
@@ -71,21 +80,23 @@ class OwnText(Language):
         return found
 
     def _by_its_tokenizer(self, root: Path, name: str) -> Corpus:
-        file = Path(self.network.removeprefix(named.FOLDER)) / "tokenizer.json"
-        if not file.is_file():
-            raise BitfrontError(f"model={self.network} has no tokenizer.json; save its fast tokenizer there")
+        where = f"model={self.name}"
         start = next((self.settings[key] for key in STARTS if isinstance(self.settings.get(key), int)), None)
-        made = f"{name}-{folders.fingerprint(file, self.data_root)}-{start}"
-        found = tokenized(root, made, lambda: encoded(self.content, file, start))
+        made = f"{name}-{digest({'rules': self.rules})}-{start}"
+        found = tokenized(root, made, lambda: encoded(self.content, self.rules, where, start))
         if (most := max(int(stream.max()) for stream in found.streams.values())) >= self.outputs():
-            raise BitfrontError(f"'{file}' has token {most}, and its network only {self.outputs()} of them")
+            raise BitfrontError(f"{where} has token {most}, and its network only {self.outputs()} of them")
         return found
+
+    @cached_property
+    def rules(self) -> str:
+        """Of the tokenizer of a network in a folder."""
+        return hf.tokenizer(self.name)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The config.json of a network in a folder."""
-        settings = json.loads((Path(self.network.removeprefix(named.FOLDER)) / "config.json").read_text())
-        return settings | settings.get("text_config", {})
+        return hf.settings(self.name)
 
     def outputs(self) -> int:
         """The number of tokens."""
@@ -101,7 +112,7 @@ class OwnText(Language):
         if self.network == OURS:
             return super().model()
         outputs = self.outputs()
-        network = named.build(self.network, pretrained=pretrained, given={"vocabulary": outputs})
+        network = named.build(self.name, pretrained=pretrained, given={"vocabulary": outputs})
         if config := getattr(network, "config", None):
             config.use_cache = False  # for generation, which there is none of
         tokens = torch.zeros(2, self.context, dtype=torch.long)
@@ -128,12 +139,20 @@ class OwnText(Language):
         self, net: nn.Module, split: str, device: torch.device | str = "cpu", shared: bool = True
     ) -> dict[str, float]:
         """As of every language task. A tokenizer that is there already has no size for each token, so that bits per
-        byte are by how many bytes a token of the split has in the mean."""
+        byte are by how many bytes a token has in the mean, of those that are measured."""
         measured = super().evaluate(net, split, device, shared)
         if not self.pretrained:
             return measured
-        tokens, size = len(self.corpus.streams[split]) - 1, len(self.content[split].encode())
-        return measured | {"bpb": measured["loss"] / math.log(2) * tokens / size}
+        text, bits = self.said(split), measured["loss"] / math.log(2) * (len(self.measured(split)) - 1)
+        words = len(text.split()) + text.count("\n")
+        return measured | {"bpb": bits / len(text.encode()), "word_ppl": 2 ** (bits / words)}
+
+    def said(self, split: str) -> str:
+        """What the tokens that are measured stand for, by its tokenizer."""
+        stream = self.measured(split)
+        if len(stream) == len(self.corpus.streams[split]):
+            return self.content[split]
+        return str(read(self.rules, f"model={self.name}").decode(stream[1:].tolist(), skip_special_tokens=False))
 
 
 @torch.no_grad()

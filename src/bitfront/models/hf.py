@@ -1,0 +1,120 @@
+"""Networks as transformers saves them, ``hf:<folder>``; or a causal language model in a file, ``hf:<file.gguf>``."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfront.errors import BitfrontError, first_line
+from bitfront.theirs import FOLDER, GGUF, MADE, saved
+
+
+def kind(name: str) -> Any:
+    """The class of transformers that a network in a folder is of.
+
+    Raises:
+        BitfrontError: there is none, or a package is missing.
+    """
+    place = Path(name.removeprefix(FOLDER))
+    wanted = "AutoModelForCausalLM" if place.suffix == GGUF else _architecture(name, place)
+    try:
+        import transformers
+
+        if place.suffix == GGUF:
+            import accelerate  # noqa: F401 transformers reads such files with both
+            import gguf  # noqa: F401
+    except ImportError as error:
+        needed = "transformers gguf accelerate" if place.suffix == GGUF else error.name
+        raise BitfrontError(f"model={name} needs {error.name}: pip install {needed}") from None
+    if (found := getattr(transformers, wanted, None)) is None:
+        raise BitfrontError(f"model={name}: transformers has no {wanted}; give {MADE} for your own")
+    return found
+
+
+def _architecture(name: str, folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BitfrontError(
+            f"model={name}: '{folder}/config.json' is not there or names no architecture; give a folder that "
+            f"save_pretrained has written, or a *{GGUF} file"
+        ) from None
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Its config.json, or what the file says likewise."""
+    folder, file = saved(name)
+    told = _config(name).to_dict() if file else json.loads((folder / "config.json").read_text())
+    return told | (told.get("text_config") or {})
+
+
+def tokenizer(name: str) -> str:
+    """The rules of its tokenizer, as in a tokenizer.json.
+
+    Raises:
+        BitfrontError: it has none.
+    """
+    import transformers
+
+    folder, file = saved(name)
+    if not file:
+        place = folder / "tokenizer.json"
+        if not place.is_file():
+            raise BitfrontError(f"model={name} has no tokenizer.json; save its fast tokenizer there")
+        try:
+            return place.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BitfrontError(f"'{place}' is damaged ({error}); get it anew") from None
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
+        return str(found.backend_tokenizer.to_str())
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise BitfrontError(f"model={name} has no tokenizer that transformers reads ({first_line(error)})") from None
+
+
+def build(name: str, pretrained: bool) -> nn.Module:
+    """A network in float32, in training mode.
+
+    Args:
+        name: of it.
+        pretrained: with its weights; else fresh, and the caller seeds.
+
+    Raises:
+        BitfrontError: weights are missing.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    made, (folder, file) = kind(name), saved(name)
+    if not pretrained:
+        return _fresh(made, _config(name))
+    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
+    network, told = made.from_pretrained(folder, **options, **file)
+    if told["missing_keys"]:
+        raise BitfrontError(f"model={name}: its weights lack {', '.join(sorted(told['missing_keys'])[:5])}")
+    if not file:
+        return network.train()
+    plain = _fresh(made, _config(name))  # without what transformers notes of how the file was packed
+    plain.load_state_dict(network.state_dict())
+    return plain.train()
+
+
+def _config(name: str) -> Any:
+    import transformers
+
+    folder, file = saved(name)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **file)
+    if file:
+        config = copy.deepcopy(config)
+        config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _fresh(made: Any, config: Any) -> nn.Module:
+    return made.from_config(config) if hasattr(made, "from_config") else made(config)
