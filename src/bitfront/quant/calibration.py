@@ -12,10 +12,8 @@ For each block of the network, in the order in which they are called:
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,13 +22,14 @@ from torch import Tensor, nn
 
 from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuning, floats, norm_parameters
-from bitfront.quant.captured import Captured, copied
+from bitfront.quant.captured import Captured
 from bitfront.quant.core import Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
+from bitfront.quant.route import Exact, Route, forward
 from bitfront.quant.states import States
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
@@ -158,13 +157,18 @@ def _walk(
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
-    reference = copy.deepcopy(network) if method.J > 0 and method.target == "network" else network
+    here = Route(network, data)
+    exact = Exact(network, data) if method.J > 0 and method.target == "network" else None
+    tuned = {unit.block for unit in units if tunes(method, network, unit)}
+    anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
     bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)
         state = states.load(n) if states else None
+        if exact and (state or any(anew[n + 1 :])):
+            exact.keep(unit)
         if state is None:
-            state = quantize_block(network, reference, method, unit, weights, data, n)
+            state = quantize_block(here, exact, method, unit, weights, n)
             if states:
                 states.save(n, state)
         for name, fields in state["packed"].items():
@@ -187,25 +191,33 @@ def solve(method: PostTraining, name: str, w: nn.Parameter, moments: Moments | N
     return packed, entry | details | {"seconds": time.perf_counter() - started}
 
 
+def tunes(method: PostTraining, network: nn.Module, unit: Unit) -> bool:
+    """Whether the block-wise stage follows, as it does in a block that is more than a layer."""
+    return method.J > 0 and bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
+
+
 @torch.no_grad()
 def quantize_block(
-    network: nn.Module,
-    reference: nn.Module,
-    method: PostTraining,
-    unit: Unit,
-    weights: dict[str, nn.Parameter],
-    data: Calibration,
-    n: int,
+    here: Route, exact: Route | None, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], n: int
 ) -> dict[str, Any]:
-    """Quantize the n-th block in place, tuned to give what it gives in the reference; return its state."""
+    """Quantize the n-th block in place, tuned to give what it gives in the float network; return its state.
+
+    Args:
+        here: to the block through the network so far.
+        exact: likewise through the float network, where its output is the target; else that is of the inputs here.
+        method, unit, weights: solves the weights, those of the block, all by name.
+        n: its number.
+    """
     began = time.perf_counter()
-    work = _Block(network, method, unit, weights, data)
-    inputs = capture(network, unit, data) if unit.stages or work.tuned else []
+    work = _Block(here.network, method, unit, weights, here.data)
+    inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     if work.tuned:
-        exact = inputs if reference is network else capture(reference, unit, data)
-        with undisturbed(reference):
-            targets = {c.of: [t.cpu() for t in floats(work.forward(c, reference))] for c in exact}
+        if exact:
+            exact.to(unit)
+        outputs = exact.run() if exact else here.run()
+        targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
+        here.given = None  # of the block as it was
     for stage in unit.stages:
         work.solve_stage(stage, inputs)
     for name in unit.blind:
@@ -213,7 +225,7 @@ def quantize_block(
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
     if work.tuned:
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
-        entry |= work.tune(common, [targets[c.of] for c in common], data.seed + n) if common else {}
+        entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n) if common else {}
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},
@@ -240,16 +252,10 @@ class _Block:
     ) -> None:
         self.network, self.method, self.unit, self.weights, self.data = network, method, unit, weights, data
         self.block, self.device = network.get_submodule(unit.block), next(network.parameters()).device
-        self.tuned = method.J > 0 and bool(unit.block) and next(self.block.children(), None) is not None
+        self.tuned = tunes(method, network, unit)
         self.packed: dict[str, Packed] = {}
         self.layers: list[dict[str, Any]] = []
         self.norms: dict[str, Tensor] = {}
-
-    def forward(self, captured: Captured, whole: nn.Module | None = None) -> Any:
-        """What the block makes of its inputs, in this network or another one."""
-        args, kwargs = captured.on(self.device)
-        whole = whole or self.network
-        return whole.get_submodule(self.unit.block)(*args, **kwargs) if self.unit.block else self.data.run(whole, *args)
 
     def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
         """Quantize the layers that share an input."""
@@ -262,7 +268,7 @@ class _Block:
             for captured in inputs:
                 sums.valid = captured.valid
                 with Watch({stage[0]: self.weights[stage[0]]}, sums.add):
-                    self.forward(captured)
+                    forward(self.network, self.unit, self.data, captured)
         moments = sums.moments()
         about = {"padding": "counted"} if sums.padded else {}
         for name in stage:
@@ -286,37 +292,8 @@ class _Block:
         )
         if not tuning.frozen and not tuning.norms:
             return {}
-        with torch.enable_grad(), undisturbed(self.block):
+        with torch.enable_grad(), undisturbed(self.network):
             entry = tuning.run(inputs, targets, self.method, seed)
         self.packed |= {name: tuning.packed[own] for name, own in local.items()}
         self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
         return entry
-
-
-class _Reached(Exception):  # noqa: N818 no error
-    """The forward has come to the block in question."""
-
-
-def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
-    """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
-    shared = {id(x): x for parts in (network.modules(), network.parameters()) for x in parts}
-    if not unit.block:
-        return [Captured((batch,), {}, data.valid(batch), (n, 0), shared) for n, batch in enumerate(data.batches)]
-    captured: list[Captured] = []
-
-    def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
-        args, kwargs = copied((args, kwargs), "cpu", shared)
-        call = captured[-1].of[1] + 1 if captured and captured[-1].of[0] == n else 0
-        captured.append(Captured(args, kwargs, data.valid(data.batches[n]), (n, call), shared))
-        if unit.calls == 1:
-            raise _Reached
-
-    hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
-    try:
-        with undisturbed(network):
-            for n in range(len(data.batches)):
-                with suppress(_Reached):
-                    data.forward(network, data.batches[n])
-    finally:
-        hook.remove()
-    return captured

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitfront.errors import BitfrontError
 from bitfront.quant.captured import copied
 from bitfront.quant.inputs import Use, Watch
+from bitfront.quant.links import Link, Links
 from bitfront.quant.undisturbed import undisturbed
 
 
@@ -76,6 +77,7 @@ class Unit:
         unseen: by weight, its uses of whose inputs nothing is known: functions; none, if it is not used at all.
         calls: how often it is called in a forward, at most.
         time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
+        link: from the block before, if its inputs come of that one's.
     """
 
     block: str
@@ -84,6 +86,7 @@ class Unit:
     unseen: dict[str, list[str]]
     calls: int = 1
     time_last: bool = False
+    link: Link | None = None
 
 
 def blocks(network: nn.Module) -> list[str]:
@@ -122,6 +125,7 @@ class _Seen:
         unseen: of each weight, the functions of its other uses.
         time_last: of each block, whether its last use is that of a convolution.
         first: by weight or block, a number that rises with time.
+        links: of each block whose inputs come of those of the block before it.
     """
 
     def __init__(self, modules: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
@@ -141,8 +145,11 @@ class _Seen:
         hooks += [  # also of a block that raises what the network then catches
             m.register_forward_hook(lambda *_: self._left(), always_call=True) for m in self.modules.values()
         ]
+        links = Links(self.modules)
+        hooks += links.hooks()
         try:
             for self.batch, batch in enumerate(data.batches):
+                links.begin()
                 self.alive: list[list[Any]] = [[]]  # tensors that are known by their address, of each block we are in
                 self.called: Counter[str] = Counter()
                 with torch.no_grad(), Watch(self.weights, self._see):
@@ -151,6 +158,7 @@ class _Seen:
         finally:
             for hook in hooks:
                 hook.remove()
+        self.links = links.checked(network, lambda: data.forward(network, data.batches[0]), shared(network))
         called = [name for name in reversed(self.modules) if name in self.first]
         self.owners = {id(p): name for name in called for p in self.modules[name].parameters()}
 
@@ -166,7 +174,7 @@ class _Seen:
 
     def unit(self, block: str) -> Unit:
         """A block, still empty."""
-        return Unit(block, [], [], {}, self.calls[block], self.time_last.get(block, False))
+        return Unit(block, [], [], {}, self.calls[block], self.time_last.get(block, False), self.links.get(block))
 
     def _entered(self, name: str) -> None:
         self.inside.append(name)
@@ -189,6 +197,11 @@ class _Seen:
             self.inputs[name].add((self.batch, block, self.called[block], use.key))
         elif use.unseen not in self.unseen[name]:
             self.unseen[name].append(use.unseen)
+
+
+def shared(network: nn.Module) -> dict[int, Any]:
+    """What passes hand on as it is, by ``id``: the network's modules and parameters."""
+    return {id(x): x for parts in (network.modules(), network.parameters()) for x in parts}
 
 
 def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
