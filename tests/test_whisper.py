@@ -276,10 +276,12 @@ def data_root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_splits_share_no_speaker(data_root: Path) -> None:
+def test_splits_share_no_speaker(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(data_root / "LibriSpeech/test-other/2033/7/2033-7-0000.flac", np.zeros(17000), 16000)
     own = task("model=hf:net", f"data_root={data_root}")
     speakers = {split: {path.parents[1].name for path in part.paths} for split, part in own.found.items()}
     assert speakers == {"train": {"367", "533", "1688"}, "valid": {"1998"}, "test": {"2033", "2414"}}
+    assert "1 of 12 utterances are longer than the 1 s that are heard" in capsys.readouterr().err
     assert {split: len(own.dataset(split)) for split in speakers} == {"train": 6, "valid": 2, "test": 4}
     features, _, tokens, _ = own.dataset("test")[[0, 1]]
     assert features.shape == (2, 100, 16) and own.writing.decode(tokens[0].tolist()) == "a tea"
