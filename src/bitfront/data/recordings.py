@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -156,6 +156,34 @@ def librispeech(root: Path, subsets: Sequence[str], rate: int, cache: Path) -> F
                 f"{subset}.tar.gz ({LIBRISPEECH}) so that {root.name} lies in the folder given with data_root=<folder>"
             )
     return Files(paths, texts, _lengths(root, paths, cache), rate)
+
+
+def by_speaker(found: Files, chosen: Mapping[str, Sequence[int]]) -> dict[str, Files]:
+    """LibriSpeech's utterances in splits that share no speaker.
+
+    Args:
+        found: of all speakers.
+        chosen: their numbers, by split; those of all others are "test".
+
+    Raises:
+        BitfrontError: a speaker is not there or in two splits, or a split has none.
+    """
+    spoken = [path.parents[1].name for path in found.paths]
+    split = {str(number): name for name, numbers in chosen.items() for number in numbers}
+    if len(split) < sum(map(len, chosen.values())):
+        raise BitfrontError(f"a speaker is named twice: {', '.join(f'{k} {list(v)}' for k, v in chosen.items())}")
+    if missing := sorted(split.keys() - set(spoken)):
+        raise BitfrontError(f"there is no speaker {missing[0]}; there are {', '.join(sorted(set(spoken), key=int))}")
+    parts: dict[str, list[int]] = {name: [] for name in (*chosen, "test")}
+    for n, speaker in enumerate(spoken):
+        parts[split.get(speaker, "test")].append(n)
+    if empty := [name for name, part in parts.items() if not part]:
+        raise BitfrontError(f"there is no speaker for {empty[0]}")
+    found_in = {
+        name: ([found.paths[n] for n in part], [found.texts[n] for n in part], [found.lengths[n] for n in part])
+        for name, part in parts.items()
+    }
+    return {name: Files(*own, found.rate) for name, own in found_in.items()}
 
 
 def _lengths(root: Path, paths: list[Path], cache: Path) -> list[int]:

@@ -33,6 +33,14 @@ class Source(Protocol):
         ...
 
 
+class Writing(Protocol):
+    """How transcripts become labels."""
+
+    def encode(self, text: str) -> Tensor:
+        """Labels of a transcript, ``[n]``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Alphabet:
     """The labels of characters.
@@ -78,13 +86,13 @@ class Utterances:
         source: of the utterances.
         features: from samples ``[time]`` to what the network gets, ``[frames, ...]``.
         augment: of the features, or None.
-        alphabet: that gives the labels of a transcript.
+        alphabet: gives the labels of a transcript.
     """
 
     source: Source
     features: Callable[[Tensor], Tensor]
     augment: Callable[[Tensor], Tensor] | None = None
-    alphabet: Alphabet = ENGLISH
+    alphabet: Writing = ENGLISH
 
     def __len__(self) -> int:
         return len(self.source)

