@@ -143,12 +143,12 @@ class Cell:
 
 def _file(place: str, data_root: str) -> Path:
     """Of trained weights, below the working directory or ``data_root``."""
-    places = [Path(place), Path(data_root) / place]
-    if found := [path for path in places if path.is_file()]:
-        return found[0]
-    name = places[0].parts[0] if places[0].parts else ""
+    for path in (Path(place), Path(data_root) / place):
+        if path.is_file():
+            return path
+    name = place.partition("/")[0]
     fetched = f"`{module('fetch')} {name}` downloads it, or " if name in NETWORKS else ""
     raise BitfrontError(
-        f"init_from={place}: no such file, nor '{places[1]}'; {fetched}give a model.safetensors or .pth, or float, or "
-        "null"
+        f"init_from={place}: no such file, nor below '{data_root}'; {fetched}give a model.safetensors or .pth, or "
+        "float, or null"
     )

@@ -209,8 +209,9 @@ class ImageNet(KnownNetwork):
     def dataset(self, split: str) -> Any:
         if self.data == "generated":
             return super().dataset(split)
-        root, seen = Path(self.data_root) / self.data, (self._view(split == "train"), self._mixing(split))
-        return photos(root, split, self.classes, self.held_out, *seen, whole=self.whole)
+        root = Path(self.data_root) / self.data
+        seen = self._view(split == "train"), self._mixing(split)
+        return photos(root, split, self.classes, self.held_out, *seen, self.whole)
 
     def undisturbed(self, dataset: Any) -> Any:
         return replace(dataset, view=self._view(False), mixing=None) if isinstance(dataset, Photos) else dataset
