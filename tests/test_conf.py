@@ -72,6 +72,8 @@ def test_layers_of_a_cell() -> None:
     assert train("quant=lsq", "train.epochs=7", "smoke=true")["epochs"] == 2
     assert train("quant=lsq", "train.epochs=1", "smoke=true")["epochs"] == 1
     assert compose.load(["task=lm_wikitext103", "quant=lsq"]).values["train"]["lr"] == 0.01
+    small = [compose.load(["task=imagenet_small", f"quant={m}", "smoke=true"]).values for m in ("float", "lsq", "gptq")]
+    assert [(v["init_from"], v["train"]["epochs"]) for v in small] == [(None, 2), ("float", 2), ("float", 2)]
     values = compose.load(["task=resnet_cifar10", "model=wrn28_10", "smoke=true", "quant=rtn"])
     assert values.values["task"]["network"] == values.values["model"] == "resnet8" and values.setting == "bits=4"
 

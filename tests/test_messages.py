@@ -181,7 +181,8 @@ def test_help_and_errors_say_which_networks_there_are_and_for_which_tasks(tmp_pa
     wrong = cli("run", "task=resnet", "model=timm.resnet18", f"root={tmp_path}")
     assert "there is no model=timm.resnet18; choices: resnet" in wrong.stderr
     assert "task=resnet takes model=resnet20 | resnet18 | " in wrong.stderr
-    assert "timm.<name> (task=efficientnet_imagenet, images, " in wrong.stderr and "hf:<folder> (task=" in wrong.stderr
+    assert "timm.<name> (task=efficientnet_imagenet, imagenet_small, images, " in wrong.stderr
+    assert "hf:<folder> (task=" in wrong.stderr
     close = cli("run", "task=images", "data=generated", "model=torchvision.resnet80", f"root={tmp_path}")
     assert "torchvision.resnet50" in close.stderr, close.stderr
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import cli, torchrun
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from bitfront.cells import compose
+from bitfront.cells.cell import Cell
+from bitfront.cells.check import check_values
 from bitfront.cells.flow import build_task
-from bitfront.cells.record import read_all
+from bitfront.cells.record import Record, read_all
 from bitfront.commands import start
 from bitfront.errors import BitfrontError
 from bitfront.models.images import NETWORKS
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.diffq import DiffQ
 from bitfront.quant.ste import STE
+from bitfront.sweeps.beforehand import refuse
 from bitfront.tasks.batches import EpochBatches
 from bitfront.tasks.core import Task
 from bitfront.tasks.vision import ImageNet
@@ -141,6 +147,72 @@ def test_missing_or_damaged_photos_are_named(root: Path) -> None:
     (root / "imagenet" / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no archive")
     with pytest.raises(BitfrontError, match="no ImageNet in"):
         imagenet(f"data_root={root}", *SMALL).dataset("test")
+
+
+def test_test_images_of_a_part_of_the_classes(root: Path) -> None:
+    """They keep the numbers that training gave them; the full set has all of them."""
+    shutil.rmtree(root / "imagenet" / "val" / "n00000001")
+    part = imagenet(f"data_root={root}", *SMALL, name="imagenet_small")
+    x, y = part.dataset("test")[list(range(8))]
+    assert y.tolist() == [0] * 4 + [2] * 4 and (x.mean((2, 3)).argmax(1) == y).all()
+    assert {int(part.dataset("train")[[i]][1]) for i in range(20)} == {0, 1, 2}
+    with pytest.raises(BitfrontError, match=r"needs the same 3 classes in train and val, and has \[3, 2\]"):
+        imagenet(f"data_root={root}", *SMALL).dataset("test")
+    with pytest.raises(BitfrontError, match=r"needs 4 classes in train, no more in val, and has \[3, 2\]"):
+        imagenet(f"data_root={root}", *SMALL, "task.classes=4", name="imagenet_small").dataset("test")
+    (root / "imagenet" / "val" / "n00000002").rename(root / "imagenet" / "val" / "n00000003")
+    with pytest.raises(BitfrontError, match=r"needs 3 classes in train, no more in val, and has \[3, 2\]"):
+        part.dataset("test")
+
+
+def test_a_file_of_weights_is_measured_and_started_from(root: Path) -> None:
+    """Of the full set by its name, of the small one by itself; its content counts, not where it lies."""
+    network = timm.create_model("test_efficientnet", num_classes=3)
+    file = root / "efficientnet_lite0" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(network.state_dict(), file)
+    torch.save({"state_dict": network.state_dict()}, root / "mine.pth")
+    words = [
+        "model=timm.test_efficientnet",
+        *SMALL[:3],
+        f"data_root={root}",
+        "wandb=disabled",
+        "trainer.accelerator=cpu",
+    ]
+
+    def cell(task: str, *more: str, runs: str = "runs") -> Record:
+        return Cell([f"task={task}", *words, f"root={root}/{runs}", *more]).execute()
+
+    mine = ("init_from=mine.pth", "train.workers=0")
+    records = [cell("imagenet_small", "quant=float"), cell("resnet_imagenet", "quant=float", *mine, "train.epochs=0")]
+    for record in records:
+        assert record.history == [] and "train" not in record.stages
+        found = timm.create_model("test_efficientnet", num_classes=3)
+        Artifact.load(Path(record.artifact)).load_into(found)
+        assert all(torch.equal(t, found.state_dict()[name]) for name, t in network.state_dict().items())
+    for record, more in zip(records, ((), mine), strict=True):
+        rounded = cell(record.task, "quant=rtn", "bits=8", "quant.reestimate_bn=false", *more)
+        assert rounded.metrics["test"]["loss"] == pytest.approx(record.metrics["test"]["loss"], rel=0.05)
+    assert len(read_all(root / "runs")) == 4  # rounding has the float cell to start from, or the file
+    file.rename(root / "elsewhere.safetensors")
+    moved = cell("imagenet_small", "quant=float", f"init_from={root}/elsewhere.safetensors", runs="again")
+    assert moved.id == records[0].id
+    save_file(timm.create_model("test_efficientnet", num_classes=3).state_dict(), root / "elsewhere.safetensors")
+    assert cell("imagenet_small", "quant=float", "init_from=elsewhere.safetensors", runs="again").id != moved.id
+    with pytest.raises(BitfrontError, match=r"no such file, nor .*`.*fetch efficientnet_lite0` downloads it"):
+        cell("imagenet_small", "quant=gptq", runs="new")
+
+
+@pytest.mark.parametrize("words", [["quant=diffq"], ["quant=lsq"], ["quant=ste"], ["quant=gptq", "quant.sft=true"]])
+def test_what_trains_is_refused_where_nothing_is_there_to_train_on(words: list[str], root: Path) -> None:
+    cells = [Cell(["task=imagenet_small", f"data_root={root}", *some]) for some in (["quant=rtn"], words)]
+    with pytest.raises(
+        BitfrontError, match=rf"1 of 2 .*\n{words[-1]} needs training, and train.epochs=0 of .* is none"
+    ):
+        refuse(cells)
+    for more in ("train.epochs=1", "smoke=true"):
+        check_values(compose.load([*cells[1].words, more]))
+    assert list(root.iterdir()) == [root / "imagenet"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from bitfront.cells.runs import Origin, Run
 from bitfront.console import CONSOLE
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
+from bitfront.models.pretrained import NETWORKS
 from bitfront.processes import rank
+from bitfront.shipped import module
 
 SHARED = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")  # with the float cell that one starts from
 
@@ -64,11 +66,8 @@ class Cell:
             record = self.start.record()
             self._origin = Origin(record.artifact, record.artifact_sha256) if record else None
         elif self._origin is None and place is not None:
-            if not Path(place).is_file():
-                raise BitfrontError(
-                    f"init_from={place}: no such file; give a model.safetensors or .pth, or float, or null"
-                )
-            self._origin = Origin(place, sha256(Path(place)))
+            file = _file(place, self.config.values["data_root"])
+            self._origin = Origin(str(file), sha256(file))
         return self._origin
 
     def run(self) -> Run | None:
@@ -140,3 +139,16 @@ class Cell:
             if tracking.under_agent() and rank() == 0:
                 tracking.mirror(self.config.values["wandb"], finished)
         return finished
+
+
+def _file(place: str, data_root: str) -> Path:
+    """Of trained weights, below the working directory or ``data_root``."""
+    for path in (Path(place), Path(data_root) / place):
+        if path.is_file():
+            return path
+    name = place.partition("/")[0]
+    fetched = f"`{module('fetch')} {name}` downloads it, or " if name in NETWORKS else ""
+    raise BitfrontError(
+        f"init_from={place}: no such file, nor below '{data_root}'; {fetched}give a model.safetensors or .pth, or "
+        "float, or null"
+    )

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitfront.cells import compose
 from bitfront.cells.compose import Config
-from bitfront.cells.identity import calibrated
+from bitfront.cells.identity import calibrated, trains
 from bitfront.errors import BitfrontError
 from bitfront.ranges import Ranges, declared, refuse
 from bitfront.tasks.recipe import Recipe
@@ -92,7 +92,12 @@ def check_values(config: Config) -> None:
     values = config.values
     if values["max_size"] and not {"bits", "init_bits"} & values["quant"].keys():
         raise BitfrontError(f"quant={config.method} has no widths that max_size={values['max_size']} could choose")
-    recipe_of(config)
+    if not recipe_of(config).epochs and trains(values) and "min_size" in values["quant"]:
+        trained = "quant.sft=true" if calibrated(values) else f"quant={config.method}"
+        raise BitfrontError(
+            f"{trained} needs training, and train.epochs=0 of task={config.task} is none; quant=rtn, gptq and "
+            "decoupleq do without, or give train.epochs=<n> if its data are enough"
+        )
     for group, name in zip(compose.CELL, (config.task, config.method), strict=True):
         label = functools.partial(_typed, values, group)
         refuse({"seed": values["seed"], **values[group]}, declared(compose.target(group, name)), label)

@@ -8,11 +8,12 @@ over the recipe and the method's settings in this order, each over the one befor
     calibration.train    what of it differs where a calibrated network is fine-tuned (``quant.sft=true``)
     methods.<method>     what is true of this pair alone
     the command line
-    tiny                 with ``smoke=true``, whatever else is asked for: whole numbers are upper limits
+    tiny                 with ``smoke=true``, first over the blocks, in the end over all: whole numbers are upper limits
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -250,6 +251,9 @@ def _parsed(path: Path, _: int) -> dict[str, Any]:
 
 
 def _layered(base: DictConfig, method: str, typed: Mapping[str, Any]) -> DictConfig:
+    if typed.get("smoke", base.smoke):
+        base = copy.deepcopy(base)
+        _shrink(base, base.tiny or {})
     pair, words = base.methods.get(method) or {}, OmegaConf.create()
     for key, value in typed.items():
         OmegaConf.update(words, key, value, force_add=True)

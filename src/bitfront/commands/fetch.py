@@ -3,6 +3,7 @@
     python -m src.fetch cifar10 data_root=data
     python -m src.fetch librispeech subset=dev-clean
     python -m src.fetch smollm2
+    python -m src.fetch efficientnet_lite0
 
 What is there already is not downloaded again. ImageNet, WikiText-103 and MIR-1K have no downloader: the tasks say where
 they come from and where they are expected.

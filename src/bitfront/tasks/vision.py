@@ -180,6 +180,8 @@ class ImageNet(KnownNetwork):
         held_out: training images that validate.
     """
 
+    whole: ClassVar[bool] = True  # all classes are among the test images
+
     drop_path: float
     dropout: float
     crop_share: float
@@ -208,7 +210,8 @@ class ImageNet(KnownNetwork):
         if self.data == "generated":
             return super().dataset(split)
         root = Path(self.data_root) / self.data
-        return photos(root, split, self.classes, self.held_out, self._view(split == "train"), self._mixing(split))
+        seen = self._view(split == "train"), self._mixing(split)
+        return photos(root, split, self.classes, self.held_out, *seen, self.whole)
 
     def undisturbed(self, dataset: Any) -> Any:
         return replace(dataset, view=self._view(False), mixing=None) if isinstance(dataset, Photos) else dataset
@@ -232,3 +235,10 @@ class ImageNet(KnownNetwork):
         if split != "train" or not (self.mixup or self.cutmix):
             return None
         return Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
+
+
+@dataclass(kw_only=True)
+class PartOfImageNet(ImageNet):
+    """A few of its images, to calibrate and to measure on."""
+
+    whole: ClassVar[bool] = False
