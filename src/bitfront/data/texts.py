@@ -65,9 +65,8 @@ def apart(place: Path, training: Path) -> dict[str, str]:
     """
     given = {"test": place} if place.is_file() else split_files(place, [SUFFIX])
     if "train" in given or "test" not in given:
-        raise BitfrontError(
-            f"task.train_data is for data that have texts to test on alone; '{place}' has {list(given)}"
-        )
+        told = ", ".join(given) or "none"
+        raise BitfrontError(f"task.train_data is for data that have texts to test on alone; '{place}' has {told}")
     own = [training] if training.is_file() else files(training, [SUFFIX])
     if training.is_dir() and "train" in (named := split_files(training, [SUFFIX])):
         own = [named["train"]]

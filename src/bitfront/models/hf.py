@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,18 @@ from torch import nn
 
 from bitfront.errors import BitfrontError, first_line
 from bitfront.theirs import FOLDER, GGUF, MADE, saved
+
+DAMAGED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error)  # of a reader
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGED as error:
+        raise BitfrontError(
+            f"could not read model={name} ({type(error).__name__}: {first_line(error)}); get it anew, or give another"
+        ) from None
 
 
 def library(what: str) -> Any:
@@ -67,8 +82,9 @@ def _architecture(name: str, folder: Path) -> str:
 def settings(name: str) -> dict[str, Any]:
     """Its config.json, or what the file says likewise."""
     folder, file = saved(name)
-    told = _config(name).to_dict() if file else json.loads((folder / "config.json").read_text())
-    return told | (told.get("text_config") or {})
+    with _reading(name):
+        told = _config(name).to_dict() if file else json.loads((folder / "config.json").read_text())
+        return told | (told.get("text_config") or {})
 
 
 def beside(name: str, file: str) -> dict[str, Any]:
@@ -91,24 +107,19 @@ def tokenizer(name: str) -> str:
     """The rules of its tokenizer, as in a tokenizer.json.
 
     Raises:
-        BitfrontError: it has none.
+        BitfrontError: it has none, or is damaged.
     """
     import transformers
 
     folder, file = saved(name)
-    if not file:
-        place = folder / "tokenizer.json"
-        if not place.is_file():
-            raise BitfrontError(f"model={name} has no tokenizer.json; save its fast tokenizer there")
-        try:
+    place = folder / "tokenizer.json"
+    if not file and not place.is_file():
+        raise BitfrontError(f"model={name} has no tokenizer.json; save its fast tokenizer there")
+    with _reading(name):
+        if not file:
             return place.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BitfrontError(f"'{place}' is damaged ({error}); get it anew") from None
-    try:
         found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
         return str(found.backend_tokenizer.to_str())
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise BitfrontError(f"model={name} has no tokenizer that transformers reads ({first_line(error)})") from None
 
 
 def build(name: str, pretrained: bool) -> nn.Module:
@@ -119,14 +130,15 @@ def build(name: str, pretrained: bool) -> nn.Module:
         pretrained: with its weights; else fresh, and the caller seeds.
 
     Raises:
-        BitfrontError: weights are missing.
+        BitfrontError: it is damaged, or weights are missing.
     """
     made, (folder, file) = kind(name), saved(name)
     library(f"model={name}")
-    if not pretrained:
-        return _fresh(made, _config(name))
     options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
-    network, told = made.from_pretrained(folder, **options, **file)
+    with _reading(name):
+        if not pretrained:
+            return _fresh(made, _config(name))
+        network, told = made.from_pretrained(folder, **options, **file)
     if told["missing_keys"]:
         raise BitfrontError(f"model={name}: its weights lack {', '.join(sorted(told['missing_keys'])[:5])}")
     if not file:
