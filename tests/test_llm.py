@@ -122,6 +122,11 @@ def test_a_network_is_known_by_its_content_wherever_it_lies(root: Path, tmp_path
     assert named_after() != named_after(f"model=hf:{tmp_path}/other")
 
 
+def test_the_default_network_is_fetched(root: Path, tmp_path: Path) -> None:
+    done = cli("run", *words(root, "model=hf:smollm2", f"root={tmp_path}"))
+    assert done.returncode == 1 and "fetch smollm2` downloads it" in done.stderr
+
+
 LETTERS = [chr(n) for n in range(33, 127)] + ["Ġ", "Ċ", "ab"]
 
 

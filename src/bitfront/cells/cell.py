@@ -17,9 +17,7 @@ from bitfront.cells.runs import Origin, Run
 from bitfront.console import CONSOLE
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
-from bitfront.models.pretrained import NETWORKS
 from bitfront.processes import rank
-from bitfront.shipped import module
 
 SHARED = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")  # with the float cell that one starts from
 
@@ -146,9 +144,8 @@ def _file(place: str, data_root: str) -> Path:
     for path in (Path(place), Path(data_root) / place):
         if path.is_file():
             return path
-    name = place.partition("/")[0]
-    fetched = f"`{module('fetch')} {name}` downloads it, or " if name in NETWORKS else ""
+    told = f"{told}, or " if (told := compose.fetched(place)) else ""
     raise BitfrontError(
-        f"init_from={place}: no such file, nor below '{data_root}'; {fetched}give a model.safetensors or .pth, or "
-        "float, or null"
+        f"init_from={place}: no such file, nor below '{data_root}'; {told}give a model.safetensors or .pth, or float, "
+        "or null"
     )

@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitfront.cells.identity import FINGERPRINT, calibrated
 from bitfront.data.folders import find, fingerprint, first
 from bitfront.errors import BitfrontError, first_line
+from bitfront.models.pretrained import NETWORKS
 from bitfront.shipped import module, shipped
 from bitfront.theirs import FOLDER
 
@@ -156,9 +157,19 @@ def fingerprinted(config: Config) -> Config:
         if training := values["task"].get("train_data"):
             places.append(first(training, values["data_root"], "task.train_data="))
         if network.startswith(FOLDER):
-            places.append(find(network.removeprefix(FOLDER), values["data_root"], f"model={FOLDER}"))
+            name = network.removeprefix(FOLDER)
+            try:
+                places.append(find(name, values["data_root"], f"model={FOLDER}"))
+            except BitfrontError as error:
+                raise BitfrontError(f"{error}{'; ' * bool(told := fetched(name))}{told}") from None
         values["task"][FINGERPRINT] = "-".join(fingerprint(place, values["data_root"]) for place in places)
     return config
+
+
+def fetched(place: str) -> str:
+    """How trained weights that are missing are downloaded, if they can be."""
+    name = place.partition("/")[0]
+    return f"`{module('fetch')} {name}` downloads it" if name in NETWORKS else ""
 
 
 def _setting(task: str, method: str, typed: Mapping[str, Override], found: DictConfig) -> str:
