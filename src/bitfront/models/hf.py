@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from bitfront.errors import BitfrontError, first_line
 from bitfront.theirs import FOLDER, GGUF, MADE, saved
 
+READERS = ("gguf", "accelerate")  # with which transformers reads such files
 DAMAGED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error)  # of a reader
 
 
@@ -54,16 +56,11 @@ def kind(name: str) -> Any:
         BitfrontError: there is none, or a package is missing.
     """
     place = Path(name.removeprefix(FOLDER))
-    wanted = "AutoModelForCausalLM" if place.suffix == GGUF else _architecture(name, place)
-    try:
-        import transformers
-
-        if place.suffix == GGUF:
-            import accelerate  # noqa: F401 transformers reads such files with both
-            import gguf  # noqa: F401
-    except ImportError as error:
-        needed = "transformers gguf accelerate" if place.suffix == GGUF else error.name
-        raise BitfrontError(f"model={name} needs {error.name}: pip install {needed}") from None
+    gguf = place.suffix == GGUF
+    wanted = "AutoModelForCausalLM" if gguf else _architecture(name, place)
+    transformers = library(f"model={name}")
+    if gguf and (missing := [package for package in READERS if find_spec(package) is None]):
+        raise BitfrontError(f"model={name} needs {missing[0]}: pip install {' '.join(missing)}")
     if (found := getattr(transformers, wanted, None)) is None:
         raise BitfrontError(f"model={name}: transformers has no {wanted}; give {MADE} for your own")
     return found
@@ -133,7 +130,6 @@ def build(name: str, pretrained: bool) -> nn.Module:
         BitfrontError: it is damaged, or weights are missing.
     """
     made, (folder, file) = kind(name), saved(name)
-    library(f"model={name}")
     options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
     with _reading(name):
         if not pretrained:

@@ -124,7 +124,8 @@ class Language(Task):
             BitfrontError: there are fewer than a window has, and none may be left over.
         """
         stream = self.corpus.streams[split]
-        n = min({"valid": self.valid_tokens, "test": self.test_tokens}[split] or len(stream) - 1, len(stream) - 1)
+        most = {"valid": self.valid_tokens, "test": self.test_tokens}.get(split, 0)
+        n = min(most or len(stream) - 1, len(stream) - 1)
         if self.overlap < 0 and not (n := n // self.context * self.context):
             raise BitfrontError(f"{split} has fewer tokens than a window; lower task.context={self.context}")
         return stream[: n + 1]
