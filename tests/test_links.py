@@ -217,3 +217,27 @@ def test_the_float_network_is_kept_only_where_a_way_through_it_is_to_come(monkey
         calibrate(kind(), method, Calibration(batches(), run))
         assert bool(kept) == some
     assert calibrate(Tower(), GPTQ(bits=2, **ALL), Calibration(batches(), run))
+
+
+def test_a_forward_for_moments_ends_with_the_last_use_of_the_weight() -> None:
+    """Of a weight that each call uses as often; one that only some calls use twice is waited for."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.again(self.first(x))
+            return self.last(self.again(x) if len(x) > 2 else x)
+
+    network = nn.Sequential(Block(), Block())
+    data = Calibration([torch.randn(n, 4) for n in (2, 3)], lambda net, x: net(x))
+    unit = plan(network, dict(network.named_parameters()), data)[0]
+    assert unit.uses["0.first.weight"] == unit.uses["0.last.weight"] == 1
+    assert unit.uses["0.again.weight"] == 0
+    calls = Counter[str]()
+    for name, layer in network[0].named_children():
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    calibrate(network, GPTQ(min_size=0), data)
+    assert calls["first"] == calls["last"] + len(data.batches)  # those for `last`, which end there

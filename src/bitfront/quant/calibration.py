@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
-from bitfront.quant.route import Exact, Route, forward
+from bitfront.quant.route import Exact, Reached, Route, forward, until
 from bitfront.quant.states import States
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
@@ -267,7 +268,8 @@ class _Block:
         with undisturbed(self.network):
             for captured in inputs:
                 sums.valid = captured.valid
-                with Watch({stage[0]: self.weights[stage[0]]}, sums.add):
+                add = until(self.unit.uses[stage[0]], sums.add)
+                with suppress(Reached), Watch({stage[0]: self.weights[stage[0]]}, add):
                     forward(self.network, self.unit, self.data, captured)
         moments = sums.moments()
         about = {"padding": "counted"} if sums.padded else {}

@@ -110,6 +110,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__deepcopy__:  # of an input, whose memo may name weights
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward and any(id(w) in self.names for w in _tensors((args, kwargs))):
             return self._attention(args, kwargs)
         known = None

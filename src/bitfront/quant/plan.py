@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Unit:
         blind: names of weights in the block of whose inputs nothing is known.
         unseen: by weight, its uses of whose inputs nothing is known: functions; none, if it is not used at all.
         calls: how often it is called in a forward, at most.
+        uses: by weight, how often a call of the block that uses it does; 0 where they differ.
         time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
         link: from the block before, if its inputs come of that one's.
     """
@@ -85,6 +86,7 @@ class Unit:
     blind: list[str]
     unseen: dict[str, list[str]]
     calls: int = 1
+    uses: dict[str, int] = field(default_factory=dict)
     time_last: bool = False
     link: Link | None = None
 
@@ -123,6 +125,7 @@ class _Seen:
         homes: of each weight, the blocks that it is used in.
         inputs: of each weight, what the inputs of its uses are known by.
         unseen: of each weight, the functions of its other uses.
+        uses: of each weight, how many there are by batch, block and call.
         time_last: of each block, whether its last use is that of a convolution.
         first: by weight or block, a number that rises with time.
         links: of each block whose inputs come of those of the block before it.
@@ -134,6 +137,7 @@ class _Seen:
         self.homes: dict[str, set[str]] = {name: set() for name in weights}
         self.inputs: dict[str, set[Any]] = {name: set() for name in weights}
         self.unseen: dict[str, list[str]] = {name: [] for name in weights}
+        self.uses: dict[str, Counter[Any]] = {name: Counter() for name in weights}
         self.time_last: dict[str, bool] = {}
         self.first: dict[str, int] = {}
 
@@ -172,9 +176,17 @@ class _Seen:
         keys = (name, self.owners.get(id(self.weights[name])))
         return min((self.first[key] for key in keys if key in self.first), default=-1), self.first.get(name, -1)
 
+    def often(self, name: str, block: str) -> int:
+        """How often a call of its block, or a forward if it has none, uses a weight; 0 where that differs."""
+        counts: Counter[Any] = Counter()
+        for (batch, _, call), n in self.uses[name].items():
+            counts[(batch, call) if block else batch] += n
+        return next(iter(counts.values())) if len(set(counts.values())) == 1 else 0
+
     def unit(self, block: str) -> Unit:
         """A block, still empty."""
-        return Unit(block, [], [], {}, self.calls[block], self.time_last.get(block, False), self.links.get(block))
+        time_last, link = self.time_last.get(block, False), self.links.get(block)
+        return Unit(block, [], [], {}, self.calls[block], {}, time_last, link)
 
     def _entered(self, name: str) -> None:
         self.inside.append(name)
@@ -188,6 +200,7 @@ class _Seen:
 
     def _see(self, name: str, use: Use) -> None:
         self.homes[name].add(self.inside[-1])
+        self.uses[name][self.batch, self.inside[-1], self.called[self.inside[-1]]] += 1
         self.first.setdefault(name, len(self.first))
         if not use.lookup:
             self.time_last[self.inside[-1]] = use.geometry is not None or use.unseen.startswith("conv")
@@ -214,6 +227,7 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
         block = seen.home(name)
         unit = units.setdefault(block or (name if seen.homes[name] else ""), seen.unit(block))
         alike = (stage for stage in unit.stages if seen.inputs[name] == seen.inputs[stage[0]])
+        unit.uses[name] = seen.often(name, block)
         if seen.unseen[name] or not seen.homes[name]:
             unit.unseen[name] = seen.unseen[name]
         if not seen.inputs[name]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitfront.quant.blockwise import norm_parameters
 from bitfront.quant.captured import Captured, copied
+from bitfront.quant.inputs import Use
 from bitfront.quant.plan import Calibration, Unit, shared
 from bitfront.quant.undisturbed import undisturbed
 
@@ -93,8 +95,23 @@ class Exact(Route):
                 p.data = now[name]
 
 
-class _Reached(Exception):  # noqa: N818 no error
-    """The forward has come to the block in question."""
+class Reached(Exception):  # noqa: N818 no error
+    """The forward has come as far as it needs to."""
+
+
+def until(n: int, see: Callable[[str, Use], None]) -> Callable[[str, Use], None]:
+    """For a ``Watch``: hands on n uses, with which what a forward can tell is known, and ends it; 0 for all of it."""
+    left = n or math.inf
+
+    def seen(name: str, use: Use) -> None:
+        nonlocal left
+        if left > 0:  # else someone has caught it
+            see(name, use)
+            left -= 1
+        if left <= 0:
+            raise Reached
+
+    return seen
 
 
 def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
@@ -109,13 +126,13 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
         call = captured[-1].of[1] + 1 if captured and captured[-1].of[0] == n else 0
         captured.append(Captured(args, kwargs, data.valid(data.batches[n]), (n, call), same))
         if unit.calls == 1:
-            raise _Reached
+            raise Reached
 
     hook = network.get_submodule(unit.block).register_forward_pre_hook(arrived, with_kwargs=True)
     try:
         with undisturbed(network):
             for n in range(len(data.batches)):
-                with suppress(_Reached):
+                with suppress(Reached):
                     data.forward(network, data.batches[n])
     finally:
         hook.remove()
