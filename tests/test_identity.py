@@ -35,7 +35,7 @@ def test_it_is_of_values_however_they_are_typed() -> None:
     assert of("quant=ste", layers[0]) != of("quant=ste", layers[1])  # where both match, the later counts
 
 
-ELSEWHERE = {"root", "data_root", "wandb", "trainer.accelerator"}  # below, with a run of each
+ELSEWHERE = {"root", "data_root", "offload", "wandb", "trainer.accelerator"}  # below, with a run of each
 BY_CONTENT = {"init_from"}  # the hash of the file counts
 
 

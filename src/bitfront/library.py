@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,8 @@ def quantize(
     seed: int = 0,
     max_size: float = 0.0,
     about: Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    offload: str = "",
 ) -> QuantizedModel:
     """Quantize a trained network after training. It stays as it is; the result is a copy, which has its hooks.
 
@@ -60,6 +63,9 @@ def quantize(
         seed: of the order of the data where blocks are tuned.
         max_size: MiB that the file may have; ``sized`` chooses a width for each tensor then.
         about: what ``save`` will be told, which counts.
+        inplace: overwrite the network, where there is no memory for a copy.
+        offload: "cpu" or "disk": work on the accelerator, if there is one, on a network that is too large for it; where
+            its blocks, and what is between them, stay but for the one at work.
 
     Returns:
         The quantized model in evaluation mode, which is called as the network is.
@@ -69,10 +75,12 @@ def quantize(
     """
     _check(method)
     method = _to_size(method, max_size)
-    network = resolve(duplicate(unwrapped(network)))
+    network = unwrapped(network)
+    network = resolve(network if inplace else duplicate(network))
     batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
-    kept = None if states is None else Path(states)
-    calibration = Calibration(batches, forward or call, blocks, valid or not_padded, kept, seed)
+    kept, device = None if states is None else Path(states), working(network, offload)
+    run = forward or partial(call, device=device)
+    calibration = Calibration(batches, run, blocks, valid or not_padded, kept, seed, device, offload)
     if batches:
         _try(network, calibration)
     method = sized(method, network, calibration, about) if method.max_size else method
@@ -175,14 +183,28 @@ def to_onnx(
     return export(network, Artifact.load(file), examples, Path(out), accuracy_level if matmul_nbits else None)
 
 
-def call(network: nn.Module, batch: Any) -> Any:
-    """A forward on a batch, moved to the network's device.
+def working(network: nn.Module, offload: str = "") -> torch.device:
+    """The device to work on: the network's, or the accelerator that it does not fit on.
+
+    Raises:
+        BitfrontError: it is there already.
+    """
+    devices = [p.device for p in network.parameters()] or [torch.device("cpu")]
+    if not offload:
+        return devices[0]
+    if set(devices) != {torch.device("cpu")}:
+        raise BitfrontError(f"offload={offload} brings a network to the device in parts; give it on the CPU")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def call(network: nn.Module, batch: Any, device: torch.device | None = None) -> Any:
+    """A forward on a batch, moved to the network's device, or the given one.
 
     A dict whose keys are arguments of the network's ``forward`` is passed by name, without what that does not take (as
     labels); of a tuple or list come as many parts as ``forward`` needs, from the first; all else is the argument. Where
     ``forward`` has a ``use_cache``, it is False.
     """
-    device = next((t.device for t in network.parameters()), torch.device("cpu"))
+    device = device or working(network)
     known = inspect.signature(network.forward).parameters
     kinds = {p.kind for p in known.values()}
     extra = {"use_cache": False} if "use_cache" in known else {}
@@ -272,7 +294,7 @@ def _try(network: nn.Module, data: Calibration) -> None:
         BitfrontError: with what it was given; the cause is its.
     """
     try:
-        with undisturbed(network):
+        with undisturbed(network), data.place(network).streamed():
             data.forward(network.eval(), data.batches[0])
     except BitfrontError:
         raise

@@ -19,7 +19,16 @@ from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
 from bitfront.processes import rank
 
-SHARED = ("task", "seed", "smoke", "root", "data_root", "wandb", "trainer")  # with the float cell that one starts from
+SHARED = (
+    "task",
+    "seed",
+    "smoke",
+    "root",
+    "data_root",
+    "offload",
+    "wandb",
+    "trainer",
+)  # with the float cell that one starts from
 
 
 class Cell:

@@ -27,6 +27,7 @@ CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
 }
+CALIBRATION = "bitfront.quant.plan.Calibration"
 TRAINER: Ranges = {"devices": "1..", "accumulate_grad_batches": "1.."}
 OF_COMMANDS = ("recipe", "dry_run")  # words of the command ``run`` that are no keys of a cell
 TYPES = {
@@ -92,6 +93,11 @@ def check_values(config: Config) -> None:
     values = config.values
     if values["max_size"] and not {"bits", "init_bits"} & values["quant"].keys():
         raise BitfrontError(f"quant={config.method} has no widths that max_size={values['max_size']} could choose")
+    if values["offload"] and trains(values) and "min_size" in values["quant"]:
+        raise BitfrontError(
+            f"offload={values['offload']} is of methods that quantize after training, without quant.sft; what "
+            "trains has all of the network on the device"
+        )
     if not recipe_of(config).epochs and trains(values) and "min_size" in values["quant"]:
         trained = "quant.sft=true" if calibrated(values) else f"quant={config.method}"
         raise BitfrontError(
@@ -102,6 +108,7 @@ def check_values(config: Config) -> None:
         label = functools.partial(_typed, values, group)
         refuse({"seed": values["seed"], **values[group]}, declared(compose.target(group, name)), label)
     refuse(values["trainer"], TRAINER, "trainer.{}".format)
+    refuse(values, {"offload": declared(CALIBRATION)["offload"]})
 
 
 def recipe_of(config: Config) -> Recipe:

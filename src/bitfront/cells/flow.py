@@ -171,7 +171,7 @@ def _saved(
     """Save the network, measure the file, and sum up."""
     model.save(run.artifact, about(config))
     with _measured("evaluate", made["stages"]):
-        metrics = evaluate(task, run.artifact, device)
+        metrics = evaluate(task, run.artifact, device, config.values["offload"])
     name, higher = task.primary
     return Record(
         **vars(head),
@@ -195,11 +195,13 @@ def about(config: Config) -> dict[str, Any]:
     return {"task": config.task, "config": values, "smoke": config.values["smoke"]}
 
 
-def evaluate(task: Task, artifact: Path, device: torch.device) -> dict[str, dict[str, float]]:
-    """Metrics of an artifact file, by split, in a fresh float network."""
+def evaluate(task: Task, artifact: Path, device: torch.device, offload: str = "") -> dict[str, dict[str, float]]:
+    """Metrics of an artifact file, by split, in a fresh float network; where its parts stay, as in ``Offload``."""
     network = task.model()
     Artifact.load(artifact).load_into(network)
-    return {split: task.evaluate(network.to(device), split, device, shared=False) for split in ("valid", "test")}
+    data = Calibration([], task.loss, task.blocks(network), device=device, offload=offload)
+    with data.place(network if offload else network.to(device)).streamed():
+        return {split: task.evaluate(network, split, device, shared=False) for split in ("valid", "test")}
 
 
 def sizes(model: QuantizedModel, artifact: Path) -> Sizes:
@@ -216,7 +218,7 @@ def sizes(model: QuantizedModel, artifact: Path) -> Sizes:
 def _attached(
     config: Config, task: Task, method: Method, origin: Origin | None, device: torch.device, run: Run
 ) -> QuantizedModel:
-    if isinstance(method, PostTraining) and not origin:
+    if isinstance(method, PostTraining) and not origin and not task.pretrained:
         raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
     if isinstance(method, PostTraining) and device.type == "mps":
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
@@ -239,19 +241,22 @@ def _attached(
         method = replace(method, layers=layers | (method.layers or {}))
     try:
         if method.max_size and isinstance(method, FixedBits):
-            data = _calibration(task, method, network, device, run)
-            method = sized(method, network.to(device), data, about(config))
+            data = _calibration(config, task, method, network, device, run)
+            method = sized(method, network if data.offload else network.to(device), data, about(config))
         if not isinstance(method, PostTraining):
             model = method.attach(network)
             if method.max_size and not isinstance(method, FixedBits):
                 model.steer(about=about(config))
             return model
-        return method.attach(network.to(device), _calibration(task, method, network, device, run))
+        data = _calibration(config, task, method, network, device, run)
+        return method.attach(network if data.offload else network.to(device), data)
     except torch.OutOfMemoryError as error:
         raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
 
 
-def _calibration(task: Task, method: Sampled, network: nn.Module, device: torch.device, run: Run) -> Calibration:
+def _calibration(
+    config: Config, task: Task, method: Sampled, network: nn.Module, device: torch.device, run: Run
+) -> Calibration:
     return Calibration(
         batches=task.calibration(method.samples, method.batch_size),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),
@@ -259,6 +264,8 @@ def _calibration(task: Task, method: Sampled, network: nn.Module, device: torch.
         valid=task.valid,
         states=run.blocks,
         seed=task.seed,
+        device=device,
+        offload=config.values["offload"],
     )
 
 

@@ -33,6 +33,7 @@ class Options:
     data_root: str = "data"
     accelerator: str = "auto"
     task: str = ""
+    offload: str = ""
 
 
 def usage() -> str:
@@ -52,7 +53,7 @@ def main(words: list[str]) -> None:
     changes = [word for word in words if word.startswith(("task.", "data="))]
     chosen = options(Options, [word for word in words if word not in changes])
     artifact = Path(chosen.artifact)
-    metrics = evaluate(artifact, chosen.data_root, chosen.accelerator, changes, chosen.task)
+    metrics = evaluate(artifact, chosen.data_root, chosen.accelerator, changes, chosen.task, chosen.offload)
     CONSOLE.print(f"{artifact}: {artifact.stat().st_size:,} bytes")
     for split, values in metrics.items():
         CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
@@ -62,7 +63,12 @@ def main(words: list[str]) -> None:
 
 
 def evaluate(
-    artifact: Path, data_root: str, accelerator: str, changes: Sequence[str] = (), task: str = ""
+    artifact: Path,
+    data_root: str,
+    accelerator: str,
+    changes: Sequence[str] = (),
+    task: str = "",
+    offload: str = "",
 ) -> dict[str, dict[str, float]]:
     """Metrics by split.
 
@@ -72,6 +78,7 @@ def evaluate(
         accelerator: as ``trainer.accelerator``.
         changes: words ``task.<key>=<value>``, for keys of the task that are to differ from its run.
         task: instead of the one that the file names.
+        offload: "cpu" or "disk", where a network stays that is larger than the device, but for the block at work.
 
     Raises:
         BitfrontError: the file, the data or the device is not there, or a key or value does not fit the task.
@@ -93,7 +100,7 @@ def evaluate(
     training = config.values["train"]  # whose loaders may be for a larger machine
     training["workers"] = min(training["workers"], os.cpu_count() or 1)
     problem, _ = flow.rebuilt(config, artifact)
-    return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)))
+    return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)), offload)
 
 
 def differing(changes: Sequence[str], record: Record) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,9 +28,10 @@ from bitfront.quant.core import Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
+from bitfront.quant.offload import Offload
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
-from bitfront.quant.route import Exact, Reached, Route, forward, until
+from bitfront.quant.route import Exact, Reached, Route, forward, of_unit, until
 from bitfront.quant.states import States
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
@@ -143,23 +144,26 @@ def calibrate(
             found[name], entry = solve(method, name, w, None)
             log["layers"].append(entry | {"block": ""})
         return found, log
-    with undisturbed(network), no_fast_path():
+    rest = data.place(network)
+    with undisturbed(network), no_fast_path(), rest.streamed():
         network.eval()
-        for state in _walk(network, method, weights, data):
-            found |= {name: Packed(**fields).to(weights[name].device) for name, fields in state["packed"].items()}
+        for state in _walk(network, method, weights, data, rest):
+            for name, fields in state["packed"].items():
+                p = Packed(**fields).to(weights[name].device)
+                found[name] = replace(p, codes=rest.stays(p.codes)) if rest.place else p
             log["layers"] += state["layers"]
             log["blocks"].append(state["block"])
     return {name: found[name] for name in weights}, log
 
 
 def _walk(
-    network: nn.Module, method: PostTraining, weights: dict[str, nn.Parameter], data: Calibration
+    network: nn.Module, method: PostTraining, weights: dict[str, nn.Parameter], data: Calibration, rest: Offload
 ) -> Iterator[dict[str, Any]]:
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
-    here = Route(network, data)
-    exact = Exact(network, data) if method.J > 0 and method.target == "network" else None
+    here = Route(network, data, rest)
+    exact = Exact(network, data, rest) if method.J > 0 and method.target == "network" else None
     tuned = {unit.block for unit in units if tunes(method, network, unit)}
     anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
     bar = Bar(units, unit="block")
@@ -210,7 +214,7 @@ def quantize_block(
         n: its number.
     """
     began = time.perf_counter()
-    work = _Block(here.network, method, unit, weights, here.data)
+    work = _Block(here, method, unit, weights)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     if work.tuned:
@@ -219,14 +223,15 @@ def quantize_block(
         outputs = exact.run() if exact else here.run()
         targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
         here.given = None  # of the block as it was
-    for stage in unit.stages:
-        work.solve_stage(stage, inputs)
-    for name in unit.blind:
-        work.solve(name, None)
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
-    if work.tuned:
-        common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
-        entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n) if common else {}
+    with here.rest.at_work(of_unit(here.network, unit)):
+        for stage in unit.stages:
+            work.solve_stage(stage, inputs)
+        for name in unit.blind:
+            work.solve(name, None)
+        if work.tuned:
+            common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
+            entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n) if common else {}
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},
@@ -243,17 +248,10 @@ class _Block:
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        method: PostTraining,
-        unit: Unit,
-        weights: dict[str, nn.Parameter],
-        data: Calibration,
-    ) -> None:
-        self.network, self.method, self.unit, self.weights, self.data = network, method, unit, weights, data
-        self.block, self.device = network.get_submodule(unit.block), next(network.parameters()).device
-        self.tuned = tunes(method, network, unit)
+    def __init__(self, here: Route, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter]) -> None:
+        self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
+        self.block = self.network.get_submodule(unit.block)
+        self.tuned = tunes(method, self.network, unit)
         self.packed: dict[str, Packed] = {}
         self.layers: list[dict[str, Any]] = []
         self.norms: dict[str, Tensor] = {}
@@ -270,7 +268,7 @@ class _Block:
                 sums.valid = captured.valid
                 add = until(self.unit.uses[stage[0]], sums.add)
                 with suppress(Reached), Watch({stage[0]: self.weights[stage[0]]}, add):
-                    forward(self.network, self.unit, self.data, captured)
+                    forward(self.network, self.unit, self.here.data, self.here.rest, captured)
         moments = sums.moments()
         about = {"padding": "counted"} if sums.padded else {}
         for name in stage:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.captured import copied
 from bitfront.quant.inputs import Use, Watch
 from bitfront.quant.links import Link, Links
+from bitfront.quant.offload import Offload
 from bitfront.quant.undisturbed import undisturbed
+from bitfront.ranges import Ranges, refuse
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Calibration:
             ``[samples, time]``, or None, if nothing is known to be.
         states: folder where each finished block is kept, so that an interrupted run goes on there; or None.
         seed: of the order of the data while tuning.
+        device: to work on; None for that of the network, which all of it is on.
+        offload: where what is not at work stays (``Offload``): "cpu", "disk", or "" for the device.
     """
 
     batches: Sequence[Any]
@@ -42,14 +46,23 @@ class Calibration:
     valid: Callable[[Any], Tensor | None] = lambda batch: None
     states: Path | None = None
     seed: int = 0
+    device: torch.device | None = None
+    offload: str = ""
+    ranges: ClassVar[Ranges] = {"offload": ("", "cpu", "disk")}
 
     def __post_init__(self) -> None:
+        refuse({"offload": self.offload}, self.ranges)
         if not isinstance(self.batches, Sequence):
             self.batches = list(self.batches)
 
     def forward(self, network: nn.Module, batch: Any) -> Any:
         """What the network makes of a batch, which stays as it is."""
         return self.run(network, copied(batch))
+
+    def place(self, network: nn.Module) -> Offload:
+        """Where the parts of a network are in the meantime."""
+        device = self.device or next((p.device for p in network.parameters()), torch.device("cpu"))
+        return Offload(network, self.modules(network), device, self.offload, self.states)
 
     def modules(self, network: nn.Module) -> dict[str, nn.Module]:
         """The blocks of a network by their names.

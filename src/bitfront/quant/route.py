@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from bitfront.quant.blockwise import norm_parameters
 from bitfront.quant.captured import Captured, copied
 from bitfront.quant.inputs import Use
+from bitfront.quant.offload import Offload
 from bitfront.quant.plan import Calibration, Unit, shared
 from bitfront.quant.undisturbed import undisturbed
 
 
-def forward(network: nn.Module, unit: Unit, data: Calibration, captured: Captured) -> Any:
+def forward(network: nn.Module, unit: Unit, data: Calibration, rest: Offload, captured: Captured) -> Any:
     """What a block makes of its inputs."""
-    args, kwargs = captured.on(next(network.parameters()).device)
+    args, kwargs = captured.on(rest.device)
     return network.get_submodule(unit.block)(*args, **kwargs) if unit.block else data.run(network, *args)
 
 
@@ -30,14 +31,15 @@ class Route:
     Args:
         network: of the blocks.
         data: that go through it.
+        rest: where its parts, and what is between them, are in the meantime.
 
     Attributes:
         calls: of the block come to.
         given: what it makes of them, on the CPU, if that is known.
     """
 
-    def __init__(self, network: nn.Module, data: Calibration) -> None:
-        self.network, self.data = network, data
+    def __init__(self, network: nn.Module, data: Calibration, rest: Offload) -> None:
+        self.network, self.data, self.rest = network, data, rest
         self.unit: Unit | None = None
         self.calls: list[Captured] = []
         self.given: list[list[Any]] | None = None
@@ -49,7 +51,7 @@ class Route:
             given = self.given or self.run()
             self.calls = [unit.link.handed(*pair) for pair in zip(self.calls, given, strict=True)]
         else:
-            self.calls = capture(self.network, unit, self.data)
+            self.calls = capture(self.network, unit, self.data, self.rest)
         self.unit, self.given = unit, None
         return self.calls
 
@@ -57,9 +59,9 @@ class Route:
     def run(self) -> list[list[Any]]:
         """The leaves of what the block now makes of each call."""
         assert self.unit is not None
-        with undisturbed(self.network):
-            outputs = (forward(self.network, self.unit, self.data, captured) for captured in self.calls)
-            self.given = [[_kept(x) for x in tree_leaves(output)] for output in outputs]
+        with undisturbed(self.network), self.rest.at_work(of_unit(self.network, self.unit)):
+            outputs = (forward(self.network, self.unit, self.data, self.rest, c) for c in self.calls)
+            self.given = [self.rest.all_stay([_kept(x) for x in tree_leaves(output)]) for output in outputs]
         return self.given
 
 
@@ -67,8 +69,8 @@ class Exact(Route):
     """Through the float network: ``run`` comes before the block is quantized, and what blocks before were is kept,
     where a way through them is still to come."""
 
-    def __init__(self, network: nn.Module, data: Calibration) -> None:
-        super().__init__(network, data)
+    def __init__(self, network: nn.Module, data: Calibration, rest: Offload) -> None:
+        super().__init__(network, data, rest)
         self.kept: dict[str, Tensor] = {}
 
     def keep(self, unit: Unit) -> None:
@@ -76,7 +78,7 @@ class Exact(Route):
         block = self.network.get_submodule(unit.block)
         norms = [f"{unit.block}.{name}" if unit.block else name for name, _ in norm_parameters(block)]
         for name in (*(name for stage in unit.stages for name in stage), *unit.blind, *norms):
-            self.kept[name] = self.network.get_parameter(name).detach().clone()
+            self.kept[name] = self.rest.stays(self.network.get_parameter(name).detach().clone())
 
     def to(self, unit: Unit) -> list[Captured]:
         with self._as_it_was():
@@ -114,7 +116,14 @@ def until(n: int, see: Callable[[str, Use], None]) -> Callable[[str, Use], None]
     return seen
 
 
-def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]:
+def of_unit(network: nn.Module, unit: Unit) -> set[nn.Parameter]:
+    """The parameters that are at work with it."""
+    names = {name for stage in unit.stages for name in stage} | set(unit.blind)
+    inside = network.get_submodule(unit.block).parameters() if unit.block else ()
+    return {*inside, *(network.get_parameter(name) for name in names)}
+
+
+def capture(network: nn.Module, unit: Unit, data: Calibration, rest: Offload) -> list[Captured]:
     """What a block is called with, on every batch, by the network so far; a forward that calls it once stops there."""
     same = shared(network)
     if not unit.block:
@@ -122,7 +131,7 @@ def capture(network: nn.Module, unit: Unit, data: Calibration) -> list[Captured]
     captured: list[Captured] = []
 
     def arrived(module: nn.Module, args: Any, kwargs: Any) -> None:
-        args, kwargs = copied((args, kwargs), "cpu", same)
+        args, kwargs = rest.all_stay(copied((args, kwargs), "cpu", same))
         call = captured[-1].of[1] + 1 if captured and captured[-1].of[0] == n else 0
         captured.append(Captured(args, kwargs, data.valid(data.batches[n]), (n, call), same))
         if unit.calls == 1:

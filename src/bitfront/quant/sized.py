@@ -70,6 +70,8 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
         raise BitfrontError(f"{type(method).__name__} has no widths that max_size= could choose")
     if not data.batches:
         raise BitfrontError("max_size chooses widths by what errors do on data; give data")
+    if data.offload and data.device and data.device.type != "cpu":
+        raise BitfrontError("max_size needs gradients of the whole network at once; give widths, or leave offload out")
     about, weights = about or {}, method.eligible(network)
     with undisturbed(network), no_fast_path():
         network.eval()
