@@ -491,3 +491,21 @@ def test_files_of_torch_and_places_that_are_none_are_told(tmp_path: Path) -> Non
     for place in (tmp_path, tmp_path / "nowhere" / "a"):
         with pytest.raises(ArtifactError, match="give a file in a folder"):
             stored(ConvNet(), place)
+
+
+def test_a_large_network_is_filled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All decoded weights at once would need the memory of a second network."""
+    network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 8))
+    network[3].weight = network[2].weight
+    stored, other = RTN(bits=3, min_size=0).attach(copy.deepcopy(network)).artifact(), copy.deepcopy(network)
+    load, sizes = nn.Module.load_state_dict, list[int]()
+
+    def counted(self: nn.Module, state: dict[str, Tensor], **options: Any) -> Any:
+        sizes.append(len(state))
+        return load(self, state, **options)
+
+    monkeypatch.setattr("bitfront.quant.artifact.PART", 0)
+    monkeypatch.setattr(nn.Module, "load_state_dict", counted)
+    stored.load_into(other)
+    assert max(sizes) == 2  # a tensor and its alias
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in stored.state().items())

@@ -13,7 +13,7 @@ import json
 import os
 import textwrap
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from bitfront.quant.scales import told
 
 NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"
+PART = 1 << 30  # bytes of decoded weights at once
 VERSION = 3  # of files with tables of few bits, coded widths or narrow floats; 2: with groups of a row by themselves
 
 
@@ -176,11 +177,31 @@ class Artifact:
         except MemoryError:
             raise ArtifactError(f"'{path}' does not fit into the memory; free some") from None
 
+    def tensor(self, name: str) -> Tensor:
+        """One of the float network's, by the name that is no alias; quantized weights are float32."""
+        if name in self.packed:
+            return self.packed[name].decode()
+        return self.raw[name].float() if name in self.narrow else self.raw[name]
+
     def state(self) -> dict[str, Tensor]:
-        """The state dict of the float network; quantized weights are float32."""
-        state = {name: t.float() if name in self.narrow else t for name, t in self.raw.items()}
-        state |= {name: packed.decode() for name, packed in self.packed.items()}
+        """The state dict of the float network."""
+        state = {name: self.tensor(name) for name in (*self.raw, *self.packed)}
         return state | {alias: state[name] for alias, name in self.tied.items()}
+
+    def _parts(self) -> Iterator[dict[str, Tensor]]:
+        """The state dict in parts that are not much larger than ``PART``."""
+        aliases: dict[str, list[str]] = {}
+        for alias, name in self.tied.items():
+            aliases.setdefault(name, [name]).append(alias)
+        part: dict[str, Tensor] = {}
+        held = 0
+        for name in (*self.raw, *self.packed):
+            part |= dict.fromkeys(aliases.get(name, [name]), self.tensor(name))
+            held += part[name].nbytes
+            if held > PART:
+                yield part
+                part, held = {}, 0
+        yield part
 
     def load_into(self, network: nn.Module) -> None:
         """Write every tensor into a float network of the same architecture; exactly the same names.
@@ -190,30 +211,36 @@ class Artifact:
         Raises:
             ArtifactError: names, shapes or types differ; the network is left as it was.
         """
-        state = self.state()
-        composed = bool(parametrized(network)) and not network.state_dict().keys() <= state.keys()
-        problems = self._problems(resolve(duplicate(network)) if composed else network, state)
+        names = {**self.raw, **self.packed, **self.tied}.keys()
+        composed = bool(parametrized(network)) and not network.state_dict().keys() <= names
+        problems = self._problems(resolve(duplicate(network)) if composed else network)
         if problems:
             told = "; ".join(textwrap.shorten(problem, 300) for problem in sorted(problems)[:5])
             raise ArtifactError(f"the artifact belongs to another network: {told}")
-        (resolve(network) if composed else network).load_state_dict(state)
+        network = resolve(network) if composed else network
+        for part in self._parts():
+            network.load_state_dict(part, strict=part.keys() == names)
 
-    def _problems(self, network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    def _problems(self, network: nn.Module) -> list[str]:
         """Where a network is another than the one that was stored."""
         wanted = network.state_dict(keep_vars=True)
-        problems = [f"'{name}' is missing" for name in wanted.keys() - state.keys()]
-        problems += [f"'{name}' is not in the network" for name in state.keys() - wanted.keys()]
+        stored: dict[str, Tensor | Packed] = {**self.raw, **self.packed}
+        ours = {name: name for name in stored} | self.tied
+        problems = [f"'{name}' is missing" for name in wanted.keys() - ours.keys()]
+        problems += [f"'{name}' is not in the network" for name in ours.keys() - wanted.keys()]
         first: dict[int, str] = {}
-        for name in [name for name in wanted if name in state]:
-            tensor, ours = wanted[name], state[name]
-            known = first.setdefault(id(tensor), name)
+        for name in [name for name in wanted if name in ours]:
+            tensor, own = wanted[name], ours[name]
+            shape = stored[own].shape
+            dtype = None if own in self.packed else torch.float32 if own in self.narrow else self.raw[own].dtype
+            known = ours[first.setdefault(id(tensor), name)]
             if not isinstance(tensor, Tensor):
                 problems.append(f"'{name}' of the network's state is no tensor")
-            elif tensor.shape != ours.shape:
-                problems.append(f"'{name}' is {list(ours.shape)}, not {list(tensor.shape)}")
-            elif name in self.raw and tensor.dtype != ours.dtype:
-                problems.append(f"'{name}' is {ours.dtype}, not {tensor.dtype}")
-            elif state[known] is not ours and not torch.equal(state[known], ours):
+            elif tensor.shape != shape:
+                problems.append(f"'{name}' is {list(shape)}, not {list(tensor.shape)}")
+            elif dtype not in (None, tensor.dtype):
+                problems.append(f"'{name}' is {dtype}, not {tensor.dtype}")
+            elif known != own and not torch.equal(self.tensor(known), self.tensor(own)):
                 problems.append(f"'{name}' is not the same as '{known}', to which the network ties it")
         return problems
 
