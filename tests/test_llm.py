@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bitfront.data.texts import apart
 from bitfront.errors import BitfrontError
 from bitfront.models import hf as saved
 from bitfront.models import named
+from bitfront.quant.artifact import Artifact
 from bitfront.tasks.llm import LanguageModel
 
 CONTEXT = 32
@@ -206,3 +208,30 @@ def test_a_gguf_file_is_the_network_that_it_was_made_of(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "small.gguf").read_bytes()[:2000])
     with pytest.raises(BitfrontError, match=r"could not read model=hf:.*cut\.gguf"):
         named.build(f"hf:{tmp_path}/cut.gguf", pretrained=True)
+
+
+def test_a_network_of_half_precision_stays_one_also_on_disk(root: Path, tmp_path: Path) -> None:
+    """Without a float cell before it, and wherever its blocks stay, its file and metrics are the same."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(root / "llama").bfloat16()
+    shutil.copytree(root / "llama", tmp_path / "half")
+    network.save_pretrained(tmp_path / "half")
+    base = words(root, f"model=hf:{tmp_path}/half", "quant.samples=4", "quant.min_size=0.001", "init_from=null")
+    records = {}
+    for place in ("", "disk"):
+        done = cli("run", *base, "quant=gptq", "bits=3", f"root={tmp_path}/runs{place}", f"offload={place}")
+        assert done.returncode == 0, done.stderr
+        (records[place],) = read_all(tmp_path / f"runs{place}")
+    assert records[""].artifact_sha256 == records["disk"].artifact_sha256
+    assert records[""].metrics == records["disk"].metrics
+    artifact = Artifact.load(records["disk"].artifact)
+    assert artifact.raw["model.norm.weight"].dtype == torch.bfloat16
+    assert records["disk"].sizes.float == 2 * records["disk"].sizes.parameters
+    at = f"task.network=hf:{tmp_path}/half"
+    done = cli("evaluate", f"artifact={records['disk'].artifact}", f"data_root={root}", at, "offload=cpu")
+    assert "the same as in its record" in done.stdout
+
+
+def test_what_trains_is_not_offloaded(root: Path, tmp_path: Path) -> None:
+    done = cli("run", *words(root, "quant=lsq", "offload=cpu", f"root={tmp_path}"))
+    assert done.returncode == 1 and "offload=cpu is of methods that quantize after training" in done.stderr
+    assert task_of(root, "task.dtype=float32").precision == torch.float32

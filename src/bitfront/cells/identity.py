@@ -39,6 +39,7 @@ BORN: dict[str, Any] = {
     "quant.raw_dtype": "float32",
     "task.train_data": [],
     "task.test_tokens": 0,
+    "task.dtype": "auto",
 }
 BORN_TRAINED: dict[str, Any] = {"quant.scale_dtype": "float32"}  # of what trains; other methods always had one
 BATCHES = ("batch_size", "repeats", "workers")  # of the training: what batch norms are measured on

@@ -119,27 +119,35 @@ def tokenizer(name: str) -> str:
         return str(found.backend_tokenizer.to_str())
 
 
-def build(name: str, pretrained: bool) -> nn.Module:
-    """A network in float32, in training mode.
+def stored_dtype(name: str) -> torch.dtype:
+    """In which its weights were saved; float32 where that is not told."""
+    told = settings(name)
+    found = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def build(name: str, pretrained: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A network in training mode.
 
     Args:
         name: of it.
         pretrained: with its weights; else fresh, and the caller seeds.
+        dtype: of its parameters.
 
     Raises:
         BitfrontError: it is damaged, or weights are missing.
     """
     made, (folder, file) = kind(name), saved(name)
-    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
+    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": dtype}
     with _reading(name):
         if not pretrained:
-            return _fresh(made, _config(name))
+            return _fresh(made, _config(name), dtype)
         network, told = made.from_pretrained(folder, **options, **file)
     if told["missing_keys"]:
         raise BitfrontError(f"model={name}: its weights lack {', '.join(sorted(told['missing_keys'])[:5])}")
     if not file:
         return network.train()
-    plain = _fresh(made, _config(name))  # without what transformers notes of how the file was packed
+    plain = _fresh(made, _config(name), dtype)  # without what transformers notes of how the file was packed
     plain.load_state_dict(network.state_dict())
     return plain.train()
 
@@ -155,5 +163,11 @@ def _config(name: str) -> Any:
     return config
 
 
-def _fresh(made: Any, config: Any) -> nn.Module:
-    return made.from_config(config) if hasattr(made, "from_config") else made(config)
+def _fresh(made: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # no larger copy of it beforehand
+    try:
+        network: nn.Module = made.from_config(config, dtype=dtype) if hasattr(made, "from_config") else made(config)
+    finally:
+        torch.set_default_dtype(usual)
+    return network

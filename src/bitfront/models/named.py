@@ -25,6 +25,7 @@ def build(
     *,
     pretrained: bool = False,
     given: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> nn.Module:
     """A network; the caller seeds.
@@ -36,6 +37,7 @@ def build(
         classes: of its output, where the library or the function takes their number.
         pretrained: with the weights that the library publishes, or of the folder; else fresh.
         given: what else a function may take, by the names of its parameters, as ``{"vocabulary": 1024}``.
+        dtype: of the parameters of a network in a folder.
         options: of timm's networks, as ``drop_path_rate``.
 
     Raises:
@@ -44,7 +46,7 @@ def build(
     check(name)
     try:
         if name.startswith(FOLDER):
-            return hf.build(name, pretrained)
+            return hf.build(name, pretrained, dtype)
         if ":" in name:
             return _made(name, dict.fromkeys(CLASSES, classes) | dict(given or {}))
         return _of_library(name, {} if classes is None else {"num_classes": classes}, pretrained, options)

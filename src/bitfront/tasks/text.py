@@ -98,6 +98,11 @@ class OwnText(Language):
         """The config.json of a network in a folder."""
         return hf.settings(self.name)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the parameters of a network in a folder."""
+        return torch.float32
+
     def outputs(self) -> int:
         """The number of tokens."""
         return int(self.settings["vocab_size"]) if self.pretrained else self.vocabulary
@@ -112,7 +117,8 @@ class OwnText(Language):
         if self.network == OURS:
             return super().model()
         outputs = self.outputs()
-        network = named.build(self.name, pretrained=pretrained, given={"vocabulary": outputs})
+        given = {"vocabulary": outputs}
+        network = named.build(self.name, pretrained=pretrained, given=given, dtype=self.precision)
         if config := getattr(network, "config", None):
             config.use_cache = False  # for generation, which there is none of
         tokens = torch.zeros(2, self.context, dtype=torch.long)
@@ -132,7 +138,7 @@ class OwnText(Language):
     def losses(self, net: nn.Module, tokens: Tensor) -> Tensor:
         if self.network == OURS:
             return super().losses(net, tokens)
-        logits = named.logits(net(tokens[:, :-1]))
+        logits = named.logits(net(tokens[:, :-1])).float()
         return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
     def evaluate(
