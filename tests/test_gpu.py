@@ -56,6 +56,26 @@ def test_states_of_an_interrupted_calibration_go_back_to_the_gpu(tmp_path: Path)
         assert model(data[0].cuda()).device.type == "cuda" and all(p.is_cuda for p in model.buffers())
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_network_that_stays_elsewhere_gets_the_same_codes(place: str) -> None:
+    """And only a block of it, and what that works on, is on the GPU at a time."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)) for _ in range(12)]
+    network = nn.Sequential(nn.Linear(16, 512), nn.Sequential(*blocks), nn.Linear(512, 8)).eval()
+    data = [torch.randn(8, 16) for _ in range(4)]
+    method = bitfront.GPTQ(bits=3, min_size=0.0)
+    torch.cuda.reset_peak_memory_stats()
+    model = bitfront.quantize(network, method, data, offload=place)
+    peak = torch.cuda.max_memory_allocated()
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    weights = sum(4 * p.numel() for p in network.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    there = bitfront.quantize(network.cuda(), method, data)
+    assert torch.cuda.max_memory_allocated() - peak > weights / 2
+    for (name, ours), theirs in zip(model.encode().items(), there.encode().values(), strict=True):
+        assert torch.equal(ours.codes, theirs.codes.cpu()), name
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method on every laptop task in bfloat16, once for this file."""

@@ -84,17 +84,24 @@ class Curvature:
         ridge too small for the factorization is raised tenfold until it succeeds, and that is kept in ``raised``.
         """
         if ridge not in self._feedback:
-            H, eye = self.ordered.double().flip(1, 2), torch.eye(self.H.shape[1], device=self.H.device).double()
-            tried = ridge
-            while True:
-                lower, failed = torch.linalg.cholesky_ex(H + tried * eye)
-                if not failed.any():
-                    break
-                tried = max(10 * tried, 1e-6)
+            lower, tried = self._lower(ridge)
             self.raised = max(self.raised, tried - ridge)
-            factor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(1, 2)
-            self._feedback[ridge] = (factor / factor.diagonal(dim1=1, dim2=2)[:, :, None]).float()
+            eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+            factor = torch.linalg.solve_triangular(lower, eye, upper=False)
+            del lower, eye  # of wide layers, the largest there is
+            factor /= factor.diagonal(dim1=1, dim2=2)[:, :, None].clone()
+            self._feedback[ridge] = factor.flip(1, 2).float()
         return self._feedback[ridge]
+
+    def _lower(self, ridge: float) -> tuple[Tensor, float]:
+        """The Cholesky factor of ``H + ridge`` in reversed order, float64, and the ridge with which there is one."""
+        while True:
+            H = self.ordered.flip(1, 2).double()
+            H.diagonal(dim1=1, dim2=2).add_(ridge)
+            lower, failed = torch.linalg.cholesky_ex(H)
+            if not failed.any():
+                return lower, ridge
+            ridge = max(10 * ridge, 1e-6)
 
     @cached_property
     def largest(self) -> Tensor:
