@@ -630,7 +630,7 @@ def test_padding_in_time_first_conformer_layers_counts_nowhere() -> None:
     with torch.no_grad():
         target = layer(x, padding)
         clean, dirty = (
-            tuning._error(Captured((x, padding), {}, valid), [wanted], tuning._stored(), [1.0])
+            tuning._error(Captured((x, padding), {}, valid), [wanted], [1.0], tuning._stored())
             for wanted in (target, target + 1e3 * padding.T[:, :, None])
         )
     assert 0 < clean < 1
@@ -673,7 +673,7 @@ def test_padding_counts_in_no_block_loss(time_last: bool) -> None:
         wrong = target.clone()
         (wrong[0, :, frame] if time_last else wrong[0, frame])[...] += 5
         with torch.no_grad():
-            loss = tuning._error(Captured((x,), {}, valid), [wrong], tuning._stored(), [1.0])
+            loss = tuning._error(Captured((x,), {}, valid), [wrong], [1.0], tuning._stored())
         assert (loss.item() > 0.1) == counts
 
 

@@ -103,7 +103,7 @@ def test_each_cell_in_two_processes(root: Path) -> None:
     result = cli("run", *SMOKE, "quant=gptq", "trainer.devices=2", "cluster=local_ddp", f"root={root}", "seed=1")
     assert result.returncode == 0, result.stderr
     processes = {r.method: r.processes for r in read_all(root) if r.seed == 1}
-    assert processes == {"float": 2, "gptq": 1}  # calibration is for one
+    assert processes == {"float": 2, "gptq": 2}
     assert result.stdout.count("smaller than float") == 2
 
 

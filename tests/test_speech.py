@@ -238,7 +238,7 @@ def test_the_block_loss_of_a_layer_sees_no_padding() -> None:
         with torch.no_grad():
             target = layer(x, padding).masked_fill(padding[..., None], -garbage)
             captured = Captured((spoiled, padding), {}, lengths / 6)
-            losses.append(tuning._error(captured, [target], tuning._stored(), [1.0]))
+            losses.append(tuning._error(captured, [target], [1.0], tuning._stored()))
     assert 0 < losses[0] < 1
     torch.testing.assert_close(losses[1], losses[0])
 

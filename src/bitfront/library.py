@@ -22,6 +22,7 @@ from bitfront.quant.model import QuantizedModel
 from bitfront.quant.parametrized import duplicate, resolve
 from bitfront.quant.plan import Calibration
 from bitfront.quant.sized import sized
+from bitfront.quant.together import share, together
 from bitfront.quant.undisturbed import undisturbed
 
 if TYPE_CHECKING:
@@ -75,16 +76,17 @@ def quantize(
     """
     _check(method)
     method = _to_size(method, max_size)
-    network = unwrapped(network)
-    network = resolve(network if inplace else duplicate(network))
-    batches = [] if data is None or not method.needs_data else drawn(data, method.samples, method.batch_size)
     kept, device = None if states is None else Path(states), working(network, offload)
-    run = forward or partial(call, device=device)
-    calibration = Calibration(batches, run, blocks, valid or not_padded, kept, seed, device, offload)
-    if batches:
-        _try(network, calibration)
-    method = sized(method, network, calibration, about) if method.max_size else method
-    return method.attach(network, calibration if batches else None).eval()
+    with together(method.needs_data):
+        network = unwrapped(network)
+        network = resolve(network if inplace else duplicate(network))
+        batches = _drawn(data, method) if method.needs_data else []
+        run = forward or partial(call, device=device)
+        calibration = Calibration(batches, run, blocks, valid or not_padded, kept, seed, device, offload)
+        if batches:
+            _try(network, calibration)
+        method = sized(method, network, calibration, about) if method.max_size else method
+        return method.attach(network, calibration).eval()
 
 
 def prepare(
@@ -120,8 +122,9 @@ def prepare(
     if not method.max_size:
         return method.attach(network)
     if isinstance(method, Sampled):
-        batches = [] if data is None else drawn(data, method.samples, method.batch_size)
-        return sized(method, network, Calibration(batches, forward or call, None, not_padded)).attach(network)
+        with together():
+            calibration = Calibration(_drawn(data, method), forward or call, None, not_padded)
+            return sized(method, network, calibration).attach(network)
     model = method.attach(network)
     model.steer(steps)
     return model
@@ -241,7 +244,7 @@ def drawn(data: Iterable[Any] | Tensor, samples: int, batch_size: int) -> list[A
         BitfrontError: it is a single sample or batch where a sequence of batches is meant.
     """
     if isinstance(data, Tensor):
-        return [part.clone() for part in data[:samples].split(batch_size)]
+        return [part.clone() for part in data[:samples].split(batch_size) if len(part)]
     if isinstance(data, Mapping):
         return [copied(data)]
     if isinstance(data, str) or not isinstance(data, Iterable):
@@ -256,6 +259,11 @@ def drawn(data: Iterable[Any] | Tensor, samples: int, batch_size: int) -> list[A
         if left <= 0:
             break
     return batches
+
+
+def _drawn(data: Iterable[Any] | Tensor | None, method: Sampled) -> list[Any]:
+    """The batches of this process."""
+    return [] if data is None else drawn(data, share(method.samples), share(method.batch_size))
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
@@ -294,7 +302,7 @@ def _try(network: nn.Module, data: Calibration) -> None:
         BitfrontError: with what it was given; the cause is its.
     """
     try:
-        with undisturbed(network), data.place(network).streamed():
+        with undisturbed(network), data.offloaded(network).streamed():
             data.forward(network.eval(), data.batches[0])
     except BitfrontError:
         raise

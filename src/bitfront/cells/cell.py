@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bitfront.cells import compose, tracking
-from bitfront.cells.identity import calibrated, identity, trains
+from bitfront.cells.identity import identity
 from bitfront.cells.record import Record
 from bitfront.cells.runs import Origin, Run
 from bitfront.console import CONSOLE
@@ -104,13 +104,6 @@ class Cell:
         assert run is not None
         if finished := run.finished():
             return self._found(finished, run, nested)
-        values = self.config.values
-        alone = rank() == 0 and "RANK" not in os.environ and not (trains(values) and values["trainer"]["devices"] > 1)
-        if calibrated(values) and not alone:
-            raise BitfrontError(
-                "calibration is for one process; run this cell without torchrun, with trainer.devices=1, and where its "
-                "float network was trained in several, with init_from=<its model.safetensors>"
-            )
         if rank() > 0:
             return self._execute(run)
         with run.locked(wait=nested):

@@ -23,7 +23,7 @@ from bitfront.cells.provenance import environment, peak_memory
 from bitfront.cells.record import Head, Primary, Record, Sizes
 from bitfront.cells.runs import Origin, Run
 from bitfront.cells.tracking import Tracker
-from bitfront.cells.trainer import accelerator, check_trainer, fit
+from bitfront.cells.trainer import accelerator, check_trainer, fit, meet
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
 from bitfront.data.folders import unsplit
@@ -37,6 +37,7 @@ from bitfront.quant.core import FixedBits, Float, Method, Sampled
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.plan import Calibration
 from bitfront.quant.sized import sized
+from bitfront.quant.together import together
 from bitfront.quant.weights import load_weights, ours
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap, say
@@ -140,8 +141,9 @@ def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record 
     check_values(config)
     task, method = build_task(config), build_method(config)
     check_trainer(trainer, device)
+    meet(trainer)
     stages: dict[str, dict[str, float]] = {}
-    with _measured("attach", stages):
+    with _measured("attach", stages), together():
         model = _attached(config, task, method, origin, device, run)
     history: list[dict[str, float]] = []
     tracker = Tracker(config.values["wandb"] if rank() == 0 else "disabled", head, run.path)
@@ -200,7 +202,7 @@ def evaluate(task: Task, artifact: Path, device: torch.device, offload: str = ""
     network = task.model()
     Artifact.load(artifact).load_into(network)
     data = Calibration([], task.loss, task.blocks(network), device=device, offload=offload)
-    with data.place(network if offload else network.to(device)).streamed():
+    with data.offloaded(network if offload else network.to(device)).streamed():
         return {split: task.evaluate(network, split, device, shared=False) for split in ("valid", "test")}
 
 
@@ -258,7 +260,7 @@ def _calibration(
     config: Config, task: Task, method: Sampled, network: nn.Module, device: torch.device, run: Run
 ) -> Calibration:
     return Calibration(
-        batches=task.calibration(method.samples, method.batch_size),
+        batches=task.calibration(method.samples, method.batch_size, shared=True),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),
         blocks=task.blocks(network),
         valid=task.valid,

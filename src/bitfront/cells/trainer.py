@@ -13,12 +13,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as Processes
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
 from bitfront.progress import Bar
+
+WAIT = timedelta(days=1)  # of processes for the first one, which measures
 
 
 class Progress(pl.Callback):
@@ -81,6 +85,23 @@ def check_trainer(trainer: dict[str, Any], device: torch.device) -> None:
         raise BitfrontError("trainer.precision=16-mixed is for GPUs; choose bf16-mixed or 32-true here")
 
 
+def several(trainer: dict[str, Any]) -> bool:
+    """Whether a cell is of several processes."""
+    return trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
+
+
+def meet(trainer: dict[str, Any]) -> None:
+    """Where a cell is of several processes, start those that no launcher has started, and wait for all.
+
+    Args:
+        trainer: as in ``fit``.
+    """
+    if several(trainer):
+        quiet()
+        own = {"accelerator": accelerator(trainer["accelerator"]), "devices": trainer["devices"]}
+        Fabric(**own, strategy=Processes(timeout=WAIT)).launch()
+
+
 def epochs(path: Path) -> int:
     """How many a checkpoint has behind it.
 
@@ -121,11 +142,9 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
     checkpoint = training.checkpoint if training.checkpoint.is_file() else None
     if checkpoint:
         check_checkpoint(checkpoint)
-    # Other processes wait while the first one measures, which may take hours.
-    several = trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
-        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
+        strategy=DDPStrategy(timeout=WAIT) if several(trainer) else "auto",
         max_epochs=training.recipe.epochs,
         gradient_clip_val=training.recipe.clip or None,
         logger=False,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +22,10 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, places
 from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
+from bitfront.quant.together import backward, gathered
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -76,27 +77,29 @@ class Tuning:
             seed: of the order.
 
         Returns:
-            For the record: the relative error on the held-out inputs before and after each epoch, and the best epoch.
+            For the record: the relative error on the held-out inputs before and after each epoch, and the best epoch;
+            nothing, if there are no inputs.
 
         Raises:
             BitfrontError: the error is not finite.
         """
-        held = min(math.ceil(method.held_out * len(inputs)), len(inputs) - 1)
-        train, test = list(range(len(inputs) - held)), list(range(len(inputs) - held, len(inputs))) or [0]
-        scales = self._scales(inputs, targets)
+        calls = self._weighed(inputs, targets)
+        if not calls:
+            return {}
+        held = min(math.ceil(method.held_out * len(calls)), len(calls) - 1)
+        train, test = calls[: len(calls) - held], calls[len(calls) - held :] or calls[:1]
         learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
         optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
-        held_out = partial(self._measured, [inputs[n] for n in test], [targets[n] for n in test], scales)
-        losses, best = [held_out()], 0
+        losses, best = [self._measured(test)], 0
         kept = self.packed, self._norms()
         for epoch in range(1, method.J + 1):
             if epoch - best > method.patience:
                 break
             for n in torch.randperm(len(train), generator=generator).tolist():
-                self._step(optimizer, inputs[train[n]], targets[train[n]], scales)
-            losses.append(held_out())
+                self._step(optimizer, train[n])
+            losses.append(self._measured(test))
             if losses[-1] < losses[best]:
                 best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._norms())
         self.packed, norms = kept
@@ -104,32 +107,45 @@ class Tuning:
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, captured: Captured, target: list[Tensor], scales: list[float]
-    ) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, call: Call | None) -> None:
         optimizer.zero_grad()
-        loss = self._error(captured, target, self._weights(), scales)
-        if not torch.isfinite(loss):
+        loss = self._error(*call, self._weights()) if call else torch.zeros((), device=self.device)
+        if not torch.isfinite(backward(loss, optimizer.param_groups[0]["params"])):
             raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
-        loss.backward()
         optimizer.step()
 
     @torch.no_grad()
-    def _measured(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], scales: list[float]) -> float:
+    def _measured(self, calls: Sequence[Call | None]) -> float:
         """The mean error with the values as they will be stored."""
-        weights, pairs = self._stored(), list(zip(inputs, targets, strict=True))
-        return sum(self._error(captured, target, weights, scales).item() for captured, target in pairs) / len(pairs)
+        weights = self._stored()
+        return sum(gathered(sum(self._error(*call, weights).item() for call in calls if call))) / len(calls)
 
-    def _scales(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]]) -> list[float]:
-        """By which the error of each output counts: one over its mean power."""
-        powers = [
-            [self._mean(_finite(t, t.float()).square(), captured.valid).item() for t in target]
-            for captured, target in zip(inputs, targets, strict=True)
-        ]
-        return [len(powers) / (sum(power) or len(powers)) for power in zip(*powers, strict=True)]
+    def _weighed(self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]]) -> list[Call | None]:
+        """The calls of all processes in their order; None where this one has no part of it. The error of each output
+        counts by the share of it that is here, over the output's mean power."""
+        own = {c.of: [self._power(t, c) for t in target] for c, target in zip(inputs, targets, strict=True)}
+        everyone = gathered(own)
+        whole = {
+            of: [_pooled(parts) for parts in zip(*(one[of] for one in everyone if of in one), strict=True)]
+            for of in sorted({of for one in everyone for of in one})
+        }
+        powers = zip(*([power for _, power in outputs] for outputs in whole.values()), strict=True)
+        scales = [len(whole) / (sum(power) or len(whole)) for power in powers]
+
+        def weights(of: tuple[int, int]) -> list[float]:
+            parts = zip(scales, own[of], whole[of], strict=True)
+            return [scale * (here / (total or 1)) for scale, (here, _), (total, _) in parts]
+
+        calls = {c.of: (c, target, weights(c.of)) for c, target in zip(inputs, targets, strict=True)}
+        return [calls.get(of) for of in whole]
+
+    def _power(self, target: Tensor, captured: Captured) -> tuple[int, float]:
+        """How many values count, and their mean square."""
+        kept = self._kept(_finite(target, target.float()).square(), captured.valid)
+        return kept.numel(), kept.mean().item()
 
     def _error(
-        self, captured: Captured, target: list[Tensor], weights: dict[str, Tensor], scales: list[float]
+        self, captured: Captured, target: list[Tensor], scales: list[float], weights: dict[str, Tensor]
     ) -> Tensor:
         """Squared error of the outputs, each relative to its power."""
         args, kwargs = captured.on(self.device)
@@ -144,16 +160,16 @@ class Tuning:
         for got, wanted, scale in zip(floats(output), target, scales, strict=True):
             wanted = wanted.to(self.device).float()
             difference = _finite(wanted, got.float() - wanted).square()
-            total = total + scale * self._mean(difference, captured.valid)
+            total = total + scale * self._kept(difference, captured.valid).mean()
         return total
 
-    def _mean(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _kept(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Without padding, where that can be told."""
         if valid is None or x.dim() < 2:
-            return x.mean()
+            return x
         x = x.movedim(-1, 1) if self.time_last and x.dim() > 2 else x
         kept = inside(x, valid)
-        return x.mean() if kept is None or not kept.any() else x[kept].mean()
+        return x if kept is None or not kept.any() else x[kept]
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""
@@ -167,6 +183,12 @@ class Tuning:
 
     def _norms(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.norms.items()}
+
+
+def _pooled(parts: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """Number and mean of all values, of those of each process."""
+    total = sum(n for n, _ in parts)
+    return total, sum(mean * (n / (total or 1)) for n, mean in parts)
 
 
 def _finite(wanted: Tensor, x: Tensor) -> Tensor:

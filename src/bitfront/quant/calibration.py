@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuning, floats, norm_parameters
 from bitfront.quant.captured import Captured
-from bitfront.quant.core import Sampled, check
+from bitfront.quant.core import Method, Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
@@ -32,7 +32,8 @@ from bitfront.quant.offload import Offload
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
 from bitfront.quant.route import Exact, Reached, Route, forward, of_unit, until
-from bitfront.quant.states import States
+from bitfront.quant.states import States, fingerprint
+from bitfront.quant.together import check_alike, together
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
 
@@ -98,16 +99,18 @@ class PostTraining(Sampled):
         raise NotImplementedError
 
     def attach(self, network: nn.Module, data: Calibration | None = None) -> QuantizedModel:
-        """Quantize a trained network; its weights are overwritten.
+        """Quantize a trained network; its weights are overwritten. Processes of a group do it together, each with
+        batches of its own.
 
         Raises:
             BitfrontError: there is no data, or a layer cannot be quantized as asked.
         """
-        if self.needs_data:
-            check(data is not None and len(data.batches) > 0, f"{type(self).__name__} needs calibration data")
-        check_quantizable(network, self.eligible(network))
-        check_finite(network)
-        packed, log = calibrate(network, self, data)
+        with together(self.needs_data):
+            there = not self.needs_data or (data is not None and not data.empty)
+            check(there, f"{type(self).__name__} needs calibration data")
+            check_quantizable(network, self.eligible(network))
+            check_finite(network)
+            packed, log = calibrate(network, self, data)
         frozen: dict[str, Quantizer] = {
             name: Frozen(p, self.sft, self.of(name).keeps_zero, self.sft_relative) for name, p in packed.items()
         }
@@ -144,7 +147,8 @@ def calibrate(
             found[name], entry = solve(method, name, w, None)
             log["layers"].append(entry | {"block": ""})
         return found, log
-    rest = data.place(network)
+    check_processes(network, method, data)
+    rest = data.offloaded(network)
     with undisturbed(network), no_fast_path(), rest.streamed():
         network.eval()
         for state in _walk(network, method, weights, data, rest):
@@ -154,6 +158,19 @@ def calibrate(
             log["layers"] += state["layers"]
             log["blocks"].append(state["block"])
     return {name: found[name] for name in weights}, log
+
+
+def check_processes(network: nn.Module, method: Method, data: Calibration) -> None:
+    """Refuse processes with different networks or settings.
+
+    Raises:
+        BitfrontError: there are such.
+    """
+    check_alike(
+        lambda: fingerprint(dict(network.named_parameters()), method, data.blocks, data.seed),
+        "the processes have not the same weights, method, blocks and seed; each needs the whole network from one file, "
+        "and data of its own alone",
+    )
 
 
 def _walk(
@@ -231,7 +248,7 @@ def quantize_block(
             work.solve(name, None)
         if work.tuned:
             common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
-            entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n) if common else {}
+            entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n)
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},

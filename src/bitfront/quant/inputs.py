@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.solver import Curvature
+from bitfront.quant.together import gathered, summed
 
 CHUNK = 1 << 24  # values of an unfolded input at once
 ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
@@ -332,23 +333,34 @@ class Accumulator:
             return
         for x, counts, known in columns(use, self.valid):
             self.padded |= not known
-            product = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
+            shape = (max([len(x), *self.total.shape[:1]]), x.shape[1], x.shape[1])
+            if self.total.shape != shape:
+                self.total = self.total.to(x.device, torch.float64).expand(shape).clone()
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
-                    product += (part @ part.transpose(1, 2)).double()
-            self.total, self.counts = self.total.to(product) + product, self.counts + torch.tensor(counts)
+                    self.total += part @ part.transpose(1, 2)
+            self.counts = self.counts + torch.tensor(counts)
 
     def moments(self) -> Moments:
-        """Their mean.
+        """Their mean, over all processes; ``lookup`` and ``padded`` then count them all, too.
 
         Raises:
             BitfrontError: an input was not finite, or there was none.
         """
+        self._share()
         if not self.counts.any():
             raise BitfrontError(f"no calibration sample reaches '{self.name}'; exclude it or calibrate on more samples")
         if not torch.isfinite(self.total).all():
             raise BitfrontError(
                 f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
             )
-        mean = self.total / self.counts.clamp_min(1).to(self.total)[:, None, None]
-        return Moments(mean, int(self.counts.max()))
+        self.total /= self.counts.clamp_min(1).to(self.total)[:, None, None]  # of wide layers, large
+        return Moments(self.total, int(self.counts.max()))
+
+    def _share(self) -> None:
+        known = gathered((self.total.shape, self.counts.shape, self.lookup, self.padded))
+        totals, counts, lookups, paddeds = zip(*known, strict=True)
+        self.lookup, self.padded = any(lookups), any(paddeds)
+        # Where the layer was not come to, the shape is not known.
+        self.total = summed(self.total.double().expand(max(totals, key=len)))
+        self.counts = summed(self.counts.expand(max(counts, key=len)))

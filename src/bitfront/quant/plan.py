@@ -20,6 +20,7 @@ from bitfront.quant.captured import copied
 from bitfront.quant.inputs import Use, Watch
 from bitfront.quant.links import Link, Links
 from bitfront.quant.offload import Offload
+from bitfront.quant.together import gathered, place
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges, refuse
 
@@ -55,11 +56,16 @@ class Calibration:
         if not isinstance(self.batches, Sequence):
             self.batches = list(self.batches)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no process has a batch."""
+        return not any(gathered(len(self.batches)))
+
     def forward(self, network: nn.Module, batch: Any) -> Any:
         """What the network makes of a batch, which stays as it is."""
         return self.run(network, copied(batch))
 
-    def place(self, network: nn.Module) -> Offload:
+    def offloaded(self, network: nn.Module) -> Offload:
         """Where the parts of a network are in the meantime."""
         device = self.device or next((p.device for p in network.parameters()), torch.device("cpu"))
         return Offload(network, self.modules(network), device, self.offload, self.states)
@@ -131,17 +137,17 @@ def blocks(network: nn.Module) -> list[str]:
 
 
 class _Seen:
-    """What forwards of all batches show.
+    """What forwards of all batches show, those of other processes too.
 
     Attributes:
         calls: of each block, how often a forward calls it at most.
         homes: of each weight, the blocks that it is used in.
         inputs: of each weight, what the inputs of its uses are known by.
         unseen: of each weight, the functions of its other uses.
-        uses: of each weight, how many there are by batch, block and call.
+        uses: of each weight, how many there are by batch, block and call, in this process's forwards.
         time_last: of each block, whether its last use is that of a convolution.
         first: by weight or block, a number that rises with time.
-        links: of each block whose inputs come of those of the block before it.
+        links: of each block whose inputs come of those of the block before it, in this process's forwards.
     """
 
     def __init__(self, modules: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
@@ -175,9 +181,25 @@ class _Seen:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.links = links.checked(network, lambda: data.forward(network, data.batches[0]), shared(network))
+        one = lambda: data.forward(network, data.batches[0])  # noqa: E731
+        self.links = links.checked(network, one, shared(network)) if data.batches else {}
+        self._share()
         called = [name for name in reversed(self.modules) if name in self.first]
         self.owners = {id(p): name for name in called for p in self.modules[name].parameters()}
+
+    def _share(self) -> None:
+        """As if the batches of one process came after those of the other."""
+        everyone = gathered((self.calls, self.homes, self.inputs, self.unseen, self.time_last, self.first))
+        self.unseen, self.first = {name: [] for name in self.weights}, {}
+        for calls, homes, inputs, unseen, time_last, first in everyone:
+            self.calls |= calls
+            self.time_last |= time_last
+            for name in self.weights:
+                self.homes[name] |= homes[name]
+                self.inputs[name] |= inputs[name]
+                self.unseen[name] += [kind for kind in unseen[name] if kind not in self.unseen[name]]
+            for name in first:
+                self.first.setdefault(name, len(self.first))
 
     def home(self, name: str) -> str:
         """The block in which a weight is used, or which holds it if no use is seen; "" if it is used in several."""
@@ -219,8 +241,8 @@ class _Seen:
             self.time_last[self.inside[-1]] = use.geometry is not None or use.unseen.startswith("conv")
         if not use.unseen:
             self.alive[-1].append(use.inputs)
-            block = self.inside[-1]  # in another call, another tensor may have the address
-            self.inputs[name].add((self.batch, block, self.called[block], use.key))
+            block = self.inside[-1]  # in another call, or process, another tensor may have the address
+            self.inputs[name].add((place(), self.batch, block, self.called[block], use.key))
         elif use.unseen not in self.unseen[name]:
             self.unseen[name].append(use.unseen)
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from bitfront.quant.blockwise import floats
 from bitfront.quant.inputs import Moments
 from bitfront.quant.plan import Calibration
+from bitfront.quant.together import gathered, place
 from bitfront.quant.undisturbed import undisturbed
 
 
 def gradients(
     network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, seed: int = 0
 ) -> dict[str, float]:
-    """The squared gradient of each weight, summed over its values and the batches, for random signs at the outputs.
+    """The squared gradient of each weight, summed over its values and all batches, for random signs at the outputs.
 
     Each output counts by its power. Outputs are what the network gives, whatever loss ``data.run`` makes of them.
 
@@ -35,10 +36,10 @@ def gradients(
         network: float, on the device to work on.
         weights: of it.
         data: batches.
-        seed: of the signs.
+        seed: of the signs, which differ between processes.
     """
     total = dict.fromkeys(weights, 0.0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + place()[0])
     found: list[Tensor] = []
     hook = network.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
     learning = {p: p.requires_grad for p in network.parameters()}
@@ -55,7 +56,8 @@ def gradients(
         hook.remove()
         for p, kept in learning.items():
             p.requires_grad_(kept)
-    return total
+    everyone = gathered(total)
+    return {name: sum(one[name] for one in everyone) for name in total}
 
 
 def _of_batch(

@@ -20,7 +20,7 @@ from bitfront.errors import BitfrontError
 from bitfront.progress import Bar
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.budget import Option, allocate
-from bitfront.quant.calibration import PostTraining
+from bitfront.quant.calibration import PostTraining, check_processes
 from bitfront.quant.core import WIDTHS, FixedBits, Method
 from bitfront.quant.decoupleq import fitted_range
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
@@ -28,6 +28,7 @@ from bitfront.quant.model import MB
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.sensitivity import error, gradients, price
+from bitfront.quant.together import together
 from bitfront.quant.undisturbed import undisturbed
 
 M = TypeVar("M", bound=Method)
@@ -68,12 +69,13 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
     """
     if not isinstance(method, FixedBits):
         raise BitfrontError(f"{type(method).__name__} has no widths that max_size= could choose")
-    if not data.batches:
-        raise BitfrontError("max_size chooses widths by what errors do on data; give data")
     if data.offload and data.device and data.device.type != "cpu":
         raise BitfrontError("max_size needs gradients of the whole network at once; give widths, or leave offload out")
     about, weights = about or {}, method.eligible(network)
-    with undisturbed(network), no_fast_path():
+    with together(), undisturbed(network), no_fast_path():
+        if data.empty:
+            raise BitfrontError("max_size chooses widths by what errors do on data; give data")
+        check_processes(network, method, data)
         network.eval()
         tried = _tried(network, method, weights, data)
     options = _costs(tried)

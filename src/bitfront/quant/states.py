@@ -20,6 +20,7 @@ from bitfront.quant.artifact import write_atomically
 from bitfront.quant.blockwise import floats
 from bitfront.quant.core import Method
 from bitfront.quant.plan import Calibration
+from bitfront.quant.together import gathered, of_first, place
 from bitfront.quant.undisturbed import undisturbed
 
 PLAIN = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -35,7 +36,7 @@ def _told(x: Tensor) -> tuple[Any, ...]:
 
 
 class States:
-    """The states of one calibration.
+    """The states of one calibration, of which only process 0 reads and writes files.
 
     Args:
         folder: of all calibrations that keep their states there.
@@ -52,10 +53,10 @@ class States:
         # What a forward does is code, in which no fingerprint sees a change; its result tells.
         with undisturbed(network), torch.random.fork_rng():
             torch.manual_seed(0)
-            result = [_told(t) for t in floats(data.forward(network, data.batches[0]))]
-        self.folder = folder / fingerprint(
-            network.state_dict(), result, method, data.batches, valid, data.blocks, data.seed
-        )
+            result = [_told(t) for batch in data.batches[:1] for t in floats(data.forward(network, batch))]
+        own = fingerprint(network.state_dict(), result, method, data.batches, valid, data.blocks, data.seed)
+        everyone = gathered(own)
+        self.folder = folder / (own if len(everyone) == 1 else fingerprint(*everyone))
 
     def save(self, n: int, state: dict[str, Any]) -> None:
         """Keep the n-th block's.
@@ -63,6 +64,8 @@ class States:
         Raises:
             BitfrontError: the disk is full or the place is not writable.
         """
+        if place()[0] > 0:
+            return
         content = io.BytesIO()
         torch.save(state, content)
         try:
@@ -79,7 +82,9 @@ class States:
         Raises:
             BitfrontError: it is damaged.
         """
-        path = self._path(n)
+        return of_first(lambda: self._read(self._path(n)))
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.is_file():
             return None
         try:

@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 
 from bitfront.cells import compose
 from bitfront.cells.cell import Cell
-from bitfront.cells.identity import trains
 from bitfront.cells.runs import JOB
 from bitfront.console import ERRORS
 from bitfront.errors import BitfrontError, BusyError, first_line
@@ -83,15 +82,14 @@ def _join(cell: Cell) -> bool:
         _watch(lambda: _lives(int(os.environ[PARENT])))
     processes, job = TorchDistributedEnvironment(), JobEnvironment()
     os.environ[JOB] = job.job_id
-    training = trains(cell.config.values)
     if processes.rank > 0:
         first = job.paths.folder / f"{job.job_id}_0_result.pkl"  # submitit's, when the first process is done
         run = cell.run()
         while not (begun := run is not None and run.held(job.job_id)) and not first.exists():
             time.sleep(0.5)
-        if not begun or not training:
+        if not begun:
             return False
-    if processes.world_size > 1 and training:
+    if processes.world_size > 1:
         processes.export(set_cuda_visible_devices=False, overwrite=True)
     return True
 

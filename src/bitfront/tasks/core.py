@@ -78,13 +78,20 @@ class Task:
         """Add the network's predictions on a batch to the metrics."""
         raise NotImplementedError
 
-    def calibration(self, samples: int, batch_size: int) -> list[Any]:
-        """Training samples for post-training quantization, in a fixed random order; all, if there are fewer."""
+    def calibration(self, samples: int, batch_size: int, shared: bool = False) -> list[Any]:
+        """Batches of training samples for post-training quantization, in a fixed random order; all, if there are fewer.
+
+        Args:
+            samples, batch_size: of all processes together.
+            shared: whether each process has its part of each batch; else all of it.
+        """
         with phase("preparing the data"):
             dataset = self.undisturbed(self.dataset("train"))
         order = np.random.default_rng(self.seed).permutation(len(dataset))[:samples].tolist()
-        starts = Bar(range(0, len(order), batch_size), desc="reading the data", unit="batch")
-        return [dataset[order[start : start + batch_size]] for start in starts]
+        rank, world = processes() if shared else (0, 1)
+        starts = range(rank, len(order), batch_size)  # the last batch may be too small for all to have a part
+        parts = (order[start : start - rank + batch_size : world] for start in starts)
+        return [dataset[part] for part in Bar(parts, total=len(starts), desc="reading the data", unit="batch")]
 
     def undisturbed(self, dataset: Any) -> Any:
         """A training set without its augmentation."""
