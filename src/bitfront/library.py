@@ -21,6 +21,7 @@ from bitfront.quant.core import Method, Sampled
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.parametrized import duplicate, resolve
 from bitfront.quant.plan import Calibration
+from bitfront.quant.sharded import check_whole
 from bitfront.quant.sized import sized
 from bitfront.quant.together import share, together
 from bitfront.quant.undisturbed import undisturbed
@@ -48,6 +49,11 @@ def quantize(
     offload: str = "",
 ) -> QuantizedModel:
     """Quantize a trained network after training. It stays as it is; the result is a copy, which has its hooks.
+
+    Where a process group is initialized (``torchrun``) and the method needs data, all its processes call this, each
+    with the same network and a part of the data, as ``data[rank::world]``; all get the same result, that of all parts
+    (``quant.together``). ``samples`` and ``batch_size`` are then shared out; what only one of them is to do, it does
+    before the group is initialized.
 
     Args:
         network: any module, on the device to work on; ``DataParallel`` and ``torch.compile`` are taken off, weights
@@ -267,7 +273,12 @@ def _drawn(data: Iterable[Any] | Tensor | None, method: Sampled) -> list[Any]:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The network within ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
+    """The network within ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``.
+
+    Raises:
+        BitfrontError: it is sharded.
+    """
+    check_whole(network)
     while True:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from bitfront.quant.functional import call, places
 from bitfront.quant.optimizer import Joint
 from bitfront.quant.packed import Packed
 from bitfront.quant.parametrized import parametrized
+from bitfront.quant.sharded import check_come_together, check_whole, full, in_parts, parameter, whole
 from bitfront.quant.steered import Steering
 from bitfront.quant.summary import summary
 
@@ -124,8 +125,9 @@ class QuantizedModel(nn.Module):
 
     Raises:
         BitfrontError: a weight is computed from others (weight norm), so that not the weight itself would be quantized,
-            or used by a TorchScript; the network is quantized already; and, here or in the first forward that trains,
-            what ``forwards`` refuses: activation checkpointing, and weights that are used past their modules.
+            used by a TorchScript, or sharded (``sharded`` says what may be); the network is quantized already; and,
+            here or in the first forward that trains, what ``forwards`` refuses: activation checkpointing, and weights
+            that are used past their modules.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class QuantizedModel(nn.Module):
         """Name, quantizer and float weight of every quantized tensor."""
         for name, quantizer in zip(self.names, self.quantizers, strict=True):
             assert isinstance(quantizer, Quantizer)
-            yield name, quantizer, self.network.get_parameter(name)
+            yield name, quantizer, parameter(self.network, name)
 
     def weights(self) -> dict[str, Tensor]:
         """What the network sees, by name. In evaluation mode computed once, as long as the float weights and the
@@ -244,6 +246,8 @@ class QuantizedModel(nn.Module):
                 f"the optimizer has {len(strangers)} parameters that are not the network's; make it of "
                 "network.parameters() after bitfront.prepare"
             )
+        if self.steering and any(map(in_parts, self.parameters())):
+            raise BitfrontError("widths that are learned for max_size= cannot be sharded; use DistributedDataParallel")
         left = [p for p in self.quantizers.parameters() if id(p) not in stepped]
         own = self.method.optimizer(left) if self.method and left else None
         if left and own is None:
@@ -256,10 +260,11 @@ class QuantizedModel(nn.Module):
         """A layer that a step left out (layer drop) has no say, and the penalty alone would narrow it."""
         if not (self.method and self.method.penalty):
             return
-        parts = [(quantizer, w.grad) for _, quantizer, w in self.items() if w.requires_grad]
+        named = zip(self.quantizers, map(self.network.get_parameter, self.names), strict=True)
+        parts = [(quantizer, w.grad) for quantizer, w in named if w.requires_grad]
         if not parts:
             return
-        used = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for _, g in parts]
+        used = [torch.zeros((), dtype=torch.bool) if g is None else full(g.any()) for _, g in parts]
         # All at once: a GPU is waited for once, not for each tensor.
         device = next((g.device for _, g in parts if g is not None), torch.device("cpu"))
         for (quantizer, _), moved in zip(parts, torch.stack([u.to(device) for u in used]).tolist(), strict=True):
@@ -270,12 +275,20 @@ class QuantizedModel(nn.Module):
     def megabytes(self) -> Tensor:
         """Model size in MB by the papers' rule: small parameters in their own type, no buffers, tied tensors once.
 
-        Differentiable in training mode; in evaluation mode with the whole widths that are on disk.
+        Differentiable in training mode, under ``fully_shard`` after a forward; in evaluation mode with the whole widths
+        that are on disk.
         """
-        quantized = set(self.names)
+        if torch.is_grad_enabled() and self.training:
+            check_come_together(self.quantizers.parameters())
+            return self._megabytes()
+        with whole(self):
+            return self._megabytes()
+
+    def _megabytes(self) -> Tensor:
+        quantized, quantizers = set(self.names), cast(Iterable[Quantizer], self.quantizers)
         parameters = self.network.named_parameters()
         small = sum(8 * p.numel() * p.itemsize for name, p in parameters if name not in quantized)
-        return (sum(quantizer.bits() for _, quantizer, _ in self.items()) + torch.tensor(float(small))) / (8 * MB)
+        return (sum(quantizer.bits() for quantizer in quantizers) + torch.tensor(float(small))) / (8 * MB)
 
     @torch.no_grad()
     def encode(self) -> dict[str, Packed]:
@@ -284,10 +297,11 @@ class QuantizedModel(nn.Module):
         Raises:
             BitfrontError: a weight is not finite.
         """
-        check_finite(self.network)
         if self.steering and self.training:  # as evaluation mode does
             self.steering.fit()
-        return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
+        with whole(self):
+            check_finite(self.network)
+            return {name: quantizer.encode(w) for name, quantizer, w in self.items()}
 
     def widths(self) -> dict[str, list[int]]:
         """By quantized tensor, how many of its stored weights have 0, 1, 2, ... bits."""
@@ -295,7 +309,8 @@ class QuantizedModel(nn.Module):
 
     def artifact(self, about: Mapping[str, Any] | None = None) -> Artifact:
         """The whole network as it is stored, with its provenance, plain JSON."""
-        return Artifact.of(self.network, self.encode(), about or {}, self.raw_dtype)
+        with whole(self):
+            return Artifact.of(self.network, self.encode(), about or {}, self.raw_dtype)
 
     def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> int:
         """Write the artifact; return its size in bytes.
@@ -337,9 +352,10 @@ class QuantizedModel(nn.Module):
 
 
 def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
-    """Refuse activation checkpointing, and weights that are computed from others or by a script, as ``QuantizedModel``
-    says."""
+    """Refuse activation checkpointing, and weights that are computed from others, by a script or in parts, as
+    ``QuantizedModel`` says."""
     refuse_switch(network)
+    check_whole(network)
     computed = parametrized(network)
     for name in names:
         owner = name.rpartition(".")[0].partition(".parametrizations")[0]
