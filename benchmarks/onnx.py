@@ -22,8 +22,8 @@ from torch import nn
 
 from bitfront.cells import compose, flow
 from bitfront.cells.provenance import environment
-from bitfront.exports.examples import SAMPLES, Example
-from bitfront.exports.network import Exported, export
+from bitfront.exports.onnx.examples import SAMPLES, Example
+from bitfront.exports.onnx.network import Exported, export
 from bitfront.library import call, prepare, quantize
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.diffq import DiffQ

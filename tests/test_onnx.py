@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bitfront
 from bitfront import RTN, Artifact, BitfrontError, DiffQ, Packed
-from bitfront.exports.graph import Blocks, Builder, Place, weight
+from bitfront.exports.onnx.graph import Blocks, Builder, Place, weight
 
 ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["bias"]}
 

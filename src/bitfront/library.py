@@ -27,7 +27,7 @@ from bitfront.quant.together import share, together
 from bitfront.quant.undisturbed import undisturbed
 
 if TYPE_CHECKING:
-    from bitfront.exports.network import Exported
+    from bitfront.exports.onnx.network import Exported
 
 N = TypeVar("N", bound=nn.Module)
 M = TypeVar("M", bound=Method)
@@ -182,8 +182,8 @@ def to_onnx(
         BitfrontError: the file is another network's, torch cannot export it, or the outputs differ by more than 1e-5 of
             the largest (by 0.2 where inputs are rounded).
     """
-    from bitfront.exports.examples import SAMPLES, Example
-    from bitfront.exports.network import export
+    from bitfront.exports.onnx.examples import SAMPLES, Example
+    from bitfront.exports.onnx.network import export
 
     network = unwrapped(network)
     examples = Example.some(network, forward or call, drawn(data, 2 * SAMPLES, SAMPLES))

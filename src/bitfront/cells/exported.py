@@ -14,8 +14,8 @@ from bitfront.cells.recorded import recorded
 from bitfront.cells.single import Chosen, inputs
 from bitfront.data.source import found
 from bitfront.errors import BitfrontError
-from bitfront.exports.examples import SAMPLES, Example
-from bitfront.exports.network import Exported, export
+from bitfront.exports.onnx.examples import SAMPLES, Example
+from bitfront.exports.onnx.network import Exported, export
 from bitfront.library import call, drawn
 from bitfront.models import named
 from bitfront.quant.artifact import Artifact
@@ -33,7 +33,7 @@ def exported(
         data: that the network's inputs are taken from; of a task, where they are instead of in its run.
         data_root: folder of the data sets.
         words: ``task``, ``task.<key>=<value>``, as ``evaluate`` takes them.
-        accuracy_level: as of ``exports.network.export``.
+        accuracy_level: as of ``exports.onnx.network.export``.
 
     Raises:
         BitfrontError: the file, the network or the data are not there, do not fit, or as ``export`` does.

@@ -4,10 +4,15 @@ python -m src.export artifact=net.safetensors format=float out=net.pth       # a
 python -m src.export artifact=net.safetensors format=torch out=reader.py     # a program of its own that reads the file
 python -m src.export artifact=runs/vit/gptq/<id>/model.safetensors format=onnx out=vit.onnx
 python -m src.export artifact=my.safetensors format=onnx model=torchvision.resnet18 data=photos out=my.onnx
+python -m src.export artifact=my.safetensors format=mlx model=hf:llama out=my-mlx     # a folder for mlx-lm
+python -m src.export artifact=my.safetensors format=gguf model=hf:llama out=my.gguf   # for llama.cpp
 
 format=  float: plain weights, for torch.load(..., weights_only=True)
          torch: one file, numpy and torch alone: load_state_dict(load("net.safetensors")) gives the same outputs
          onnx: a network that other programs run, its weights packed in 2, 4, 8 or 16 bits; its outputs are compared
+         mlx: a folder for mlx-lm, gguf: a file for llama.cpp; of a causal language model of the Llama architecture
+of mlx and gguf, whose blocks are 32 and more values of a row; quantize with group_size=32, 64, 128, or -1 (rows):
+model=                  hf:<folder> with its config.json and tokenizer; a run's file may name one below data_root
 of onnx, with pip install 'bitfront[onnx]':
 model= data= classes=   a network of your own and inputs for it, as `quantize` takes them
 task= task.<key>= data= of a run's file, as `evaluate` takes them; its data are needed, for inputs
@@ -26,7 +31,11 @@ from bitfront.errors import BitfrontError
 from bitfront.progress import phase
 from bitfront.shipped import PACKAGE
 
-FORMATS = ("float", "torch", "onnx")
+NETWORK = ("model", "data_root")
+FORMATS = {  # and their options
+    **{"float": (), "torch": (), "mlx": NETWORK, "gguf": NETWORK},
+    "onnx": (*NETWORK, "classes", "data", "matmul_nbits", "accuracy_level"),
+}
 
 
 @dataclass
@@ -64,17 +73,11 @@ def main(words: list[str]) -> None:
         CONSOLE.print(usage())
         return
     _check(chosen, of_task)
-    out = Path(chosen.out)
     if chosen.format == "onnx":
-        CONSOLE.print(f"{out}: {_onnx(chosen, of_task)}")
-        return
-    with phase("loading PyTorch"):
-        from bitfront.quant.artifact import Artifact, write_atomically
-
-    artifact = Artifact.load(chosen.artifact)
-    content = (PACKAGE / "standalone.py").read_bytes() if chosen.format == "torch" else _saved(artifact.state())
-    write_atomically(out, content)
-    CONSOLE.print(f"{out}: {len(content):,} bytes")
+        written = _onnx(chosen, of_task)
+    else:
+        written = (_interchanged if chosen.format in ("mlx", "gguf") else _plain)(chosen)
+    CONSOLE.print(f"{chosen.out}: {written}")
 
 
 def _check(chosen: Options, of_task: list[str]) -> None:
@@ -88,16 +91,29 @@ def _check(chosen: Options, of_task: list[str]) -> None:
     for name in ("artifact", "out"):
         if not getattr(chosen, name):
             raise BitfrontError(f"{name}= is needed")
-    out = Path(chosen.out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise BitfrontError(f"out={out}: give the name of a file, in a folder that is there")
+    out, wanted = Path(chosen.out), "new folder" if chosen.format == "mlx" else "file"
+    there = out.exists() if chosen.format == "mlx" else out.is_dir()
+    if there or not out.absolute().parent.is_dir():
+        raise BitfrontError(f"out={out}: give the name of a {wanted}, in a folder that is there")
     given = [f.name for f in fields(Options) if f.name not in SHARED and getattr(chosen, f.name) != f.default]
-    if chosen.format != "onnx" and (given or of_task):
-        raise BitfrontError(f"{', '.join([*given, *of_task])}: of format=onnx alone")
+    others = [name for name in given if name not in FORMATS[chosen.format]]
+    others += of_task if chosen.format != "onnx" else []
+    if others:
+        raise BitfrontError(f"format={chosen.format} has no {', '.join(others)}; format=onnx has")
     if chosen.accuracy_level not in range(5):
         raise BitfrontError(f"accuracy_level={chosen.accuracy_level}: it is 0, exact, to 4, inputs of 8 bits")
     if "accuracy_level" in given and not chosen.matmul_nbits:
         raise BitfrontError("accuracy_level= is of matmul_nbits=true")
+
+
+def _plain(chosen: Options) -> str:
+    with phase("loading PyTorch"):
+        from bitfront.quant.artifact import Artifact, write_atomically
+
+    artifact = Artifact.load(chosen.artifact)
+    content = (PACKAGE / "standalone.py").read_bytes() if chosen.format == "torch" else _saved(artifact.state())
+    write_atomically(Path(chosen.out), content)
+    return f"{len(content):,} bytes"
 
 
 def _onnx(chosen: Options, of_task: list[str]) -> object:
@@ -109,6 +125,13 @@ def _onnx(chosen: Options, of_task: list[str]) -> object:
     network = Chosen(chosen.model, "", chosen.classes, "cpu", out)
     level = chosen.accuracy_level if chosen.matmul_nbits else None
     return exported(Path(chosen.artifact), out, network, chosen.data, chosen.data_root, of_task, level)
+
+
+def _interchanged(chosen: Options) -> object:
+    with phase("loading PyTorch"):
+        from bitfront.cells.interchanged import interchanged
+
+    return interchanged(Path(chosen.artifact), Path(chosen.out), chosen.model, chosen.data_root, chosen.format)
 
 
 def _saved(state: object) -> bytes:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.exports.examples import SAMPLES, Example
-from bitfront.exports.graph import MICROSOFT, Blocks, Builder, Place, weight
+from bitfront.exports.onnx.examples import SAMPLES, Example
+from bitfront.exports.onnx.graph import MICROSOFT, Blocks, Builder, Place, weight
 from bitfront.progress import phase
 from bitfront.quant.artifact import Artifact, write_atomically
 from bitfront.quant.packed import Packed
