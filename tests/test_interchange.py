@@ -267,7 +267,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         ("gguf", {"artifact": f"{tmp_path}/groups"}, "is not in groups that a type of GGUF has; quantize with"),
         ("mlx", {"artifact": f"{tmp_path}/wide"}, "has codes of 9 bits, and MLX up to 8"),
         ("mlx", {"out": str(tmp_path)}, "give the name of a new folder"),
-        ("mlx", {"data": "photos"}, "format=mlx has no data; format=onnx has"),
+        ("mlx", {"data": "photos"}, "data: of format=onnx alone"),
         ("gguf", small, "is none that format=gguf knows"),
     ]
     for kind, changes, told in cases:

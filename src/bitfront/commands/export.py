@@ -34,7 +34,7 @@ from bitfront.shipped import PACKAGE
 NETWORK = ("model", "data_root")
 FORMATS = {  # and their options
     **{"float": (), "torch": (), "mlx": NETWORK, "gguf": NETWORK},
-    "onnx": (*NETWORK, "classes", "data", "matmul_nbits", "accuracy_level"),
+    "onnx": (*NETWORK, "classes", "data", "task", "matmul_nbits", "accuracy_level"),
 }
 
 
@@ -96,10 +96,10 @@ def _check(chosen: Options, of_task: list[str]) -> None:
     if there or not out.absolute().parent.is_dir():
         raise BitfrontError(f"out={out}: give the name of a {wanted}, in a folder that is there")
     given = [f.name for f in fields(Options) if f.name not in SHARED and getattr(chosen, f.name) != f.default]
-    others = [name for name in given if name not in FORMATS[chosen.format]]
-    others += of_task if chosen.format != "onnx" else []
+    others = {*given, *(["task"] if of_task else [])} - {*FORMATS[chosen.format]}
     if others:
-        raise BitfrontError(f"format={chosen.format} has no {', '.join(others)}; format=onnx has")
+        homes = [kind for kind, own in FORMATS.items() if others <= {*own}]
+        raise BitfrontError(f"{', '.join(sorted(others))}: of format={' or '.join(homes)} alone")
     if chosen.accuracy_level not in range(5):
         raise BitfrontError(f"accuracy_level={chosen.accuracy_level}: it is 0, exact, to 4, inputs of 8 bits")
     if "accuracy_level" in given and not chosen.matmul_nbits:
