@@ -36,8 +36,10 @@ lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes
+test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (installs lm-eval)
+	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval]'
 	$(PY) -m pytest -m slow
+	$(PY) -m pytest tests/test_harness.py
 
 bench: .venv/installed  ## Compare with the official packages (installs diffq, which needs a C compiler)
 	$(PY) -m benchmarks.solver

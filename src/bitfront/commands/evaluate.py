@@ -4,6 +4,11 @@ python -m src.evaluate artifact=runs/vit/diffq/<id>/model.safetensors
 python -m src.evaluate artifact=runs/asr/lsq/<id>/model.safetensors task.beam=50    otherwise than in its run
 python -m src.evaluate artifact=<file> task=vit                                     a file that does not name its task
 python -m src.evaluate artifact=<file> data=<folder>                                on other data of your own
+python -m src.evaluate artifact=<file> lm_eval=piqa,arc_easy   a language model, on EleutherAI's lm-eval instead
+
+offload=cpu|disk   where a network larger than the device stays but for the block at work
+lm_eval_path=    folder of tasks of your own, yaml files as that package has them
+lm_eval_limit=   samples of a task, the first ones; 0 = all
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitfront.cells import compose
+from bitfront.cells.compose import Config
 from bitfront.cells.identity import FINGERPRINT
 from bitfront.cells.record import FILE, Record, read
 from bitfront.cells.recorded import recorded
@@ -23,6 +30,9 @@ from bitfront.commands.options import usage as usage_of
 from bitfront.console import CONSOLE
 from bitfront.errors import BitfrontError
 from bitfront.progress import phase
+
+if TYPE_CHECKING:
+    from bitfront.tasks.harness import Score
 
 
 @dataclass
@@ -34,6 +44,9 @@ class Options:
     accelerator: str = "auto"
     task: str = ""
     offload: str = ""
+    lm_eval: str = ""
+    lm_eval_path: str = ""
+    lm_eval_limit: int = 0
 
 
 def usage() -> str:
@@ -45,7 +58,7 @@ def main(words: list[str]) -> None:
     """Print every metric with all its digits, and whether the run's record says the same; without a word, the help.
 
     Raises:
-        BitfrontError: as ``evaluate`` does.
+        BitfrontError: as ``evaluate`` and ``on_harness`` do.
     """
     if not words:
         CONSOLE.print(usage())
@@ -53,13 +66,24 @@ def main(words: list[str]) -> None:
     changes = [word for word in words if word.startswith(("task.", "data="))]
     chosen = options(Options, [word for word in words if word not in changes])
     artifact = Path(chosen.artifact)
+    if chosen.lm_eval:
+        if chosen.offload:
+            raise BitfrontError("lm_eval= has all of the network on the device; leave out offload=")
+        _print(artifact, on_harness(chosen, changes))
+        return
+    if chosen.lm_eval_path or chosen.lm_eval_limit:
+        raise BitfrontError("lm_eval_path= and lm_eval_limit= are of lm_eval=<task>,<task>")
     metrics = evaluate(artifact, chosen.data_root, chosen.accelerator, changes, chosen.task, chosen.offload)
-    CONSOLE.print(f"{artifact}: {artifact.stat().st_size:,} bytes")
-    for split, values in metrics.items():
-        CONSOLE.print(f"  {split}: {', '.join(f'{name} {value!r}' for name, value in values.items())}")
+    _print(artifact, metrics)
     record = read(artifact.with_name(FILE))
     if record and not differing(changes, record):
         CONSOLE.print(compared(metrics, record))
+
+
+def _print(artifact: Path, metrics: Mapping[str, Mapping[str, object]]) -> None:
+    CONSOLE.print(f"{artifact}: {artifact.stat().st_size:,} bytes")
+    for split, values in metrics.items():
+        CONSOLE.print(f"  {split}: {', '.join(f'{name} {value}' for name, value in values.items())}")
 
 
 def evaluate(
@@ -83,17 +107,11 @@ def evaluate(
     Raises:
         BitfrontError: the file, the data or the device is not there, or a key or value does not fit the task.
     """
-    if not artifact.is_file():
-        raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
-    with phase("loading PyTorch"):
-        import torch
+    config = _config(artifact, data_root, changes, task)
+    import torch
 
-        from bitfront.cells import flow, trainer
-        from bitfront.quant.artifact import Artifact
+    from bitfront.cells import flow, trainer
 
-    about = Artifact.load(artifact).about
-    config = recorded(about | {"task": task} if task else about, str(artifact), changes)
-    config.values["data_root"] = data_root
     was = config.values["task"].get(FINGERPRINT)
     if was not in (None, now := compose.fingerprinted(config).values["task"].get(FINGERPRINT)):
         CONSOLE.print(f"the data in '{config.values['task']['data']}' are not those of its run ({now}, not {was})")
@@ -101,6 +119,42 @@ def evaluate(
     training["workers"] = min(training["workers"], os.cpu_count() or 1)
     problem, _ = flow.rebuilt(config, artifact)
     return flow.evaluate(problem, artifact, torch.device(trainer.accelerator(accelerator)), offload)
+
+
+def on_harness(chosen: Options, changes: Sequence[str] = ()) -> dict[str, dict[str, Score]]:
+    """Scores of a language model's artifact, by task of the harness.
+
+    Raises:
+        BitfrontError: as ``evaluate``, or a task of the harness cannot be had.
+    """
+    if chosen.lm_eval_limit < 0:
+        raise BitfrontError(f"lm_eval_limit={chosen.lm_eval_limit}: give a number of samples, or 0 for all")
+    artifact = Path(chosen.artifact)
+    config = _config(artifact, chosen.data_root, changes, chosen.task)
+    import torch
+
+    from bitfront.cells import flow, trainer
+    from bitfront.quant.artifact import Artifact
+    from bitfront.tasks.harness import Harness
+
+    device = torch.device(trainer.accelerator(chosen.accelerator))
+    harness = Harness(chosen.lm_eval.split(","), chosen.lm_eval_path)
+    problem, network = flow.rebuilt(config, artifact)
+    Artifact.load(artifact).load_into(network)
+    return harness.scores(network.to(device), problem, chosen.lm_eval_limit)
+
+
+def _config(artifact: Path, data_root: str, changes: Sequence[str], task: str) -> Config:
+    """What a file says of its task, or of the one that is named."""
+    if not artifact.is_file():
+        raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
+    with phase("loading PyTorch"):
+        from bitfront.quant.artifact import Artifact
+
+    about = Artifact.load(artifact).about
+    config = recorded(about | {"task": task} if task else about, str(artifact), changes)
+    config.values["data_root"] = data_root
+    return config
 
 
 def differing(changes: Sequence[str], record: Record) -> list[str]:
