@@ -26,6 +26,7 @@ from bitfront.errors import BitfrontError
 from bitfront.models import hf as saved
 from bitfront.models import named
 from bitfront.quant.artifact import Artifact
+from bitfront.quant.rtn import RTN
 from bitfront.tasks.llm import LanguageModel
 
 CONTEXT = 32
@@ -109,6 +110,14 @@ def test_embeddings_are_wider_where_no_size_is_asked_for(root: Path, tmp_path: P
         bits = {name: {n for n, count in enumerate(w) if count} for name, w in record.widths.items()}
         assert bits["model.embed_tokens.weight"] == {expected}
         assert {tuple(b) for name, b in bits.items() if ".layers." in name} == {(2,)}
+
+
+def test_the_norms_of_a_wide_network_are_as_wide_as_embeddings(root: Path) -> None:
+    with torch.device("meta"):
+        network = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))  # 4096 wide
+    own = [name for name, p in network.named_parameters() if p.dim() < 2 or "embed" in name or "lm_head" in name]
+    assert task_of(root).layers(network) == {name: {"bits": 8} for name in own} and len(own) == 5
+    assert set(own) < set(RTN().eligible(network))
 
 
 def test_a_network_is_known_by_its_content_wherever_it_lies(root: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import REPOSITORY
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -98,14 +99,25 @@ def test_the_readme_names_every_recipe_its_cells_and_which_has_no_published_numb
 
 def test_settings_of_layers_and_groups_fit_the_networks_at_full_size() -> None:
     """Which smoke runs do not build."""
-    special = [
-        line for name in recipes() for line in lines(name) if any("layers=" in w or w == "group_size=64" for w in line)
-    ]
+    every = [line for name in recipes() for line in lines(name) if "task=llm" not in line]  # whose networks are files
+    special = [line for line in every if any("layers=" in w or w == "group_size=64" for w in line)]
     for line in special:
         for words in cells(line):
             network, method = full_size(compose.load(words))
             method.eligible(network)  # refuses names that it does not have
     assert len(special) >= 5
+
+
+@pytest.mark.parametrize("name", ["llama", "blocks", "levels_lm", "samples"])
+def test_of_llama_exactly_the_linear_layers_of_the_blocks_are_quantized(name: str) -> None:
+    with torch.device("meta"):
+        network = transformers.LlamaForCausalLM(transformers.LlamaConfig())  # whose default is LLaMA-7B
+    layers = network.model.layers.named_modules(prefix="model.layers")
+    linear = {f"{name}.weight" for name, module in layers if isinstance(module, nn.Linear)}
+    methods = {str(cell.values["quant"]): build_method(cell) for cell in loaded(f"decoupleq/{name}").values()}
+    for method in methods.values():
+        assert isinstance(method, Float) or set(method.eligible(network)) == linear
+    assert sum(not isinstance(method, Float) for method in methods.values()) >= 2
 
 
 def test_computed_sizes_are_those_of_our_cells() -> None:

@@ -160,6 +160,15 @@ def test_a_cell_is_compared_with_its_own_number() -> None:
     assert rows([fake("lsq", 1000, 80.0)], [other])[0].paper is None and not rows([small], [other])[0].papers
 
 
+def test_on_data_of_the_users_own_a_setting_says_which_number_is_of_the_same() -> None:
+    own = fake("lsq", 1000, 80.0)
+    own.config["task"] = {"fingerprint": "0123456789-abcdef", "data": "places/wikitext2"}
+    (row,) = rows([own], [number(79.5)])
+    assert row.task == "vit-wikitext2-0123" and row.paper == number(79.5)
+    (other,) = rows([fake("lsq", 1000, 80.0, setting="x=1000 data=mine")], [number(79.5)])
+    assert other.paper is None
+
+
 def test_settings_that_are_the_same_compare_however_they_are_spelled() -> None:
     setting = "penalty=5.0 task.pretrained=true quant.layers={a: {bits: 8}, b: {bits: 4}} train.lr=0.001 model=resnet18"
     ours = [fake("lsq", 1000, 80.0, setting=setting)]

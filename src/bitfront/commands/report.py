@@ -101,7 +101,7 @@ def report(root: Path, chosen: Options) -> None:
 
     (out / "report.html").write_text(page.html(parts, papers))
     for task, part in parts.items():
-        figures.draw(part, [p for p in papers if p.task == task], out / task)
+        figures.draw(part, [p for p in papers if p.task == part[0].published], out / task)
     CONSOLE.print(f"tables and figures: {out}\npage: {out / 'report.html'}")
 
 

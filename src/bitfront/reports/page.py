@@ -34,7 +34,7 @@ def html(tables: dict[str, list[Row]], papers: Sequence[Published]) -> str:
         tables: each task's rows.
         papers: published numbers, with those of cells that have no run.
     """
-    tasks = [_task(table, [p for p in papers if p.task == task]) for task, table in tables.items()]
+    tasks = [_task(table, [p for p in papers if p.task == table[0].published]) for table in tables.values()]
     records = [record for table in tables.values() for row in table for record in row.records]
     script = "\n".join((SOURCES / name).read_text() for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

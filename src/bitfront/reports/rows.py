@@ -44,6 +44,11 @@ class Row:
         data = f"-{Path(first.config['task']['data']).name}-{own[:4]}" if own else ""
         return first.task + data + "-smoke" * first.smoke
 
+    @property
+    def published(self) -> str:
+        """The task's name beside published numbers, whose cells say by their settings which data they are on."""
+        return self.records[0].task + "-smoke" * self.records[0].smoke
+
     @cached_property
     def method(self) -> str:
         """Its name, as in ``quant=``."""
@@ -197,7 +202,7 @@ def rows(records: Iterable[Record], papers: Sequence[Published] = ()) -> list[Ro
         first = row.records[0]
         begun = [(r.primary.value, starts.get((r.task, r.init_sha256))) for r in row.records]
         row.changes = [value - start for value, start in begun if start is not None]
-        row.papers = comparable(first, cells.get((row.task, row.method, spelled(first.setting, SHARED_OUT)), []))
+        row.papers = comparable(first, cells.get((row.published, row.method, spelled(first.setting, SHARED_OUT)), []))
     table.sort(key=lambda row: (row.task, row.size, row.method, row.setting))
     for task in {row.task for row in table}:
         own = [row for row in table if row.task == task]
