@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from bitfront.reports.papers import Published
 from bitfront.reports.rows import MIB, Row, front, layer_losses, learned_bits, limit
 
 STYLE: Any = {
-    "svg.hashsalt": "bitfront",  # the same file every time
+    "svg.hashsalt": "bitfront",
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.spines.top": False,
@@ -30,6 +31,7 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+HASH = re.compile(r"\b([cmp])[0-9a-f]{10}\b")
 MARKERS = "osD^vP*X"
 
 
@@ -183,5 +185,13 @@ def _name_layers(axes: Any, names: Sequence[str]) -> None:
 
 
 def _save(figure: Any, stem: Path) -> None:
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+    stem.with_suffix(".svg").write_text(_numbered(drawn.getvalue()))
+
+
+def _numbered(svg: str) -> str:
+    """With its names of shapes by their order: hashes of the last digits, they depend on the processor."""
+    numbers: dict[str, str] = {}
+    return HASH.sub(lambda found: numbers.setdefault(found[0], f"{found[1]}{len(numbers)}"), svg)
