@@ -31,7 +31,7 @@ from bitfront.quant.rtn import RTN
 
 def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
     """``H`` of a weight's inputs over some calls of the network."""
-    sums = Accumulator(name)
+    sums = Accumulator(name, torch.device("cpu"))
     sums.valid = valid
     with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
         for args in calls:
@@ -157,7 +157,7 @@ def test_padding_is_left_out(layer: nn.Module) -> None:
 def test_where_padding_cannot_be_told_all_counts_and_that_is_said(
     layer: nn.Module, shape: tuple[int, ...], mask: Tensor
 ) -> None:
-    x, sums = torch.randn(shape), Accumulator("weight")
+    x, sums = torch.randn(shape), Accumulator("weight", torch.device("cpu"))
     sums.valid = mask
     with torch.no_grad(), Watch({"weight": layer.weight}, sums.add):
         layer(x)

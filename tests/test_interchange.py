@@ -237,6 +237,17 @@ def test_biases_of_queries_stand_in_pairs_with_their_rows(tmp_path: Path) -> Non
         assert np.array_equal(read[f"blk.1.attn_{name}.bias"], halves.transpose(1, 2).flatten())
 
 
+def test_norms_that_are_quantized_are_stored_as_floats(tmp_path: Path) -> None:
+    """As those of wide networks are, which are larger than min_size."""
+    model = bitfront.quantize(llama(tmp_path / "llama"), RTN(bits=4, min_size=0.0005))
+    model.save(tmp_path / "net")
+    norm = model.encode()["model.norm.weight"].decode()
+    assert export(tmp_path, "gguf").returncode == export(tmp_path, "mlx", out=f"{tmp_path}/mlx").returncode == 0
+    read = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "gguf.gguf").tensors}
+    assert np.array_equal(read["output_norm.weight"], norm)
+    assert torch.equal(load_file(tmp_path / "mlx" / "model.safetensors")["model.norm.weight"], norm)
+
+
 def test_a_runs_file_names_its_network_below_the_data_root(tmp_path: Path) -> None:
     network = llama(tmp_path / "llama")
     about: dict[str, Any] = {"task": "llm", "config": {"task": {"network": "hf:llama"}}}

@@ -241,6 +241,7 @@ def test_a_network_of_half_precision_stays_one_also_on_disk(root: Path, tmp_path
 
 
 def test_what_trains_is_not_offloaded(root: Path, tmp_path: Path) -> None:
-    done = cli("run", *words(root, "quant=lsq", "offload=cpu", f"root={tmp_path}"))
-    assert done.returncode == 1 and "offload=cpu is of methods that quantize after training" in done.stderr
+    for more in (["quant=lsq"], ["quant=gptq", "quant.reestimate_bn=true"]):
+        done = cli("run", *words(root, *more, "offload=cpu", f"root={tmp_path}"))
+        assert done.returncode == 1 and "offload=cpu is of methods that quantize after training" in done.stderr
     assert task_of(root, "task.dtype=float32").precision == torch.float32

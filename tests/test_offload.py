@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import bitfront
 from bitfront.errors import BitfrontError
+from bitfront.quant import calibration
 from bitfront.quant.offload import Offload, mapped
 from bitfront.quant.plan import blocks
+from bitfront.quant.route import Route
 
 
 @pytest.fixture
@@ -65,6 +70,92 @@ def test_a_forward_has_one_block_on_the_device_at_a_time(llama: transformers.Lla
     }
     assert not +rest.wanted
     assert not rest.kept
+
+
+class Skips(nn.Module):
+    """Blocks that hand on through containers, are called with a tensor twice, and write to it; a tied output."""
+
+    class Block(nn.Module):
+        def __init__(self, pops: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.pops = nn.Linear(8, 8), nn.Linear(8, 8), pops
+
+        def forward(self, x: Tensor, same: Tensor, skips: list[Tensor], state: dict[str, Tensor]) -> Tensor:
+            y = self.a(x) + (skips.pop() if self.pops else state.get("m", 0 * x))
+            if not self.pops:
+                skips.append(y)
+                state["m"] = y.mean() * x
+            x.mul_(0.5)
+            return self.b(torch.relu(y)) + same
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList([self.Block(False), self.Block(False), self.Block(True), self.Block(True)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        skips: list[Tensor] = []
+        state: dict[str, Tensor] = {}
+        for block in self.blocks:
+            x = x.clone()
+            x = block(x, x, skips, state)
+        return nn.functional.linear(x, self.embedding.weight)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_blocks_may_write_to_what_they_are_called_with(place: str) -> None:
+    torch.manual_seed(0)
+    network = Skips().eval()
+    data = [torch.randint(20, (3, 5)) for _ in range(4)]
+    found = [
+        bitfront.quantize(network, bitfront.GPTQ(bits=2, min_size=0), data, offload=where).state_dict()
+        for where in ("", place)
+    ]
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
+def test_what_is_used_outside_of_its_block_is_brought() -> None:
+    network = Skips().eval()
+    rest = Offload(network, {name: network.get_submodule(name) for name in blocks(network)}, torch.device("cpu"), "cpu")
+
+    class Away(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert not [x for x in args if isinstance(x, Tensor) and x in rest.away and x not in rest.kept]
+            return func(*args, **(kwargs or {}))
+
+    with rest.streamed():
+        with Away(), pytest.raises(AssertionError):
+            network(torch.arange(4)[None])
+        with Away(), rest.reaching():
+            network(torch.arange(4)[None])
+    assert not rest.kept
+    assert not rest.wanted
+
+
+def test_tuning_leaves_nothing_behind(llama: transformers.LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the place of a block's parameters in each step is none of what is to be brought."""
+    ends: list[int] = []
+    quantize_block = calibration.quantize_block
+
+    def counted(here: Route, *more: Any) -> Any:
+        state = quantize_block(here, *more)
+        ends.append(len(here.rest.wanted) + len(here.rest.kept))
+        return state
+
+    monkeypatch.setattr(calibration, "quantize_block", counted)
+    bitfront.quantize(llama, bitfront.DecoupleQ(bits=2, J=2, min_size=0), tokens(), offload="cpu")
+    assert ends
+    assert not any(ends)
+
+
+def test_an_interruption_leaves_the_network_on_the_cpu(llama: transformers.LlamaForCausalLM) -> None:
+    rest = Offload(llama, {"model.layers.0": llama.model.layers[0]}, torch.device("cpu"), "cpu")
+    with suppress(KeyboardInterrupt), rest.streamed():
+        rest._entered(llama.model.layers[0], (), {})
+        raise KeyboardInterrupt
+    assert not rest.kept
+    assert not llama.model.layers[0]._forward_pre_hooks
 
 
 def test_an_error_in_a_block_leaves_the_network_as_it_was(llama: transformers.LlamaForCausalLM) -> None:

@@ -214,7 +214,7 @@ def test_calibration_sees_no_padding() -> None:
     net, (x, lengths) = tiny().eval(), padded(garbage=1e3)
     for name, weight in net.named_parameters():
         if weight.dim() > 1:
-            together, alone = Accumulator(name), Accumulator(name)
+            together, alone = (Accumulator(name, torch.device("cpu")) for _ in range(2))
             together.valid = lengths.double() / x.shape[1]
             with torch.no_grad():
                 with Watch({name: weight}, together.add):

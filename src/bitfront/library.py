@@ -72,7 +72,8 @@ def quantize(
         about: what ``save`` will be told, which counts.
         inplace: overwrite the network, where there is no memory for a copy.
         offload: "cpu" or "disk": work on the accelerator, if there is one, on a network that is too large for it; where
-            its blocks, and what is between them, stay but for the one at work.
+            its blocks, and what is between them, stay but for the one at work; on disk below ``states``, or in the
+            system's place of temporary files. The result is on the CPU.
 
     Returns:
         The quantized model in evaluation mode, which is called as the network is.
@@ -203,7 +204,8 @@ def working(network: nn.Module, offload: str = "") -> torch.device:
         return devices[0]
     if set(devices) != {torch.device("cpu")}:
         raise BitfrontError(f"offload={offload} brings a network to the device in parts; give it on the CPU")
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or found.type == "mps" else found  # which has no float64
 
 
 def call(network: nn.Module, batch: Any, device: torch.device | None = None) -> Any:

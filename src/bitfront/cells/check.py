@@ -93,10 +93,11 @@ def check_values(config: Config) -> None:
     values = config.values
     if values["max_size"] and not {"bits", "init_bits"} & values["quant"].keys():
         raise BitfrontError(f"quant={config.method} has no widths that max_size={values['max_size']} could choose")
-    if values["offload"] and trains(values) and "min_size" in values["quant"]:
+    whole = trains(values) or values["quant"].get("reestimate_bn")
+    if values["offload"] and whole and "min_size" in values["quant"]:
         raise BitfrontError(
-            f"offload={values['offload']} is of methods that quantize after training, without quant.sft; what "
-            "trains has all of the network on the device"
+            f"offload={values['offload']} is of methods that quantize after training, without quant.sft and "
+            "quant.reestimate_bn, which have all of the network on the device"
         )
     if not recipe_of(config).epochs and trains(values) and "min_size" in values["quant"]:
         trained = "quant.sft=true" if calibrated(values) else f"quant={config.method}"

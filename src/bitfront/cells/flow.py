@@ -202,7 +202,8 @@ def evaluate(task: Task, artifact: Path, device: torch.device, offload: str = ""
     network = task.model()
     Artifact.load(artifact).load_into(network)
     data = Calibration([], task.loss, task.blocks(network), device=device, offload=offload)
-    with data.offloaded(network if offload else network.to(device)).streamed():
+    rest = data.offloaded(network if offload else network.to(device))
+    with rest.streamed(), rest.reaching():
         return {split: task.evaluate(network, split, device, shared=False) for split in ("valid", "test")}
 
 

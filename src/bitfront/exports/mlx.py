@@ -43,6 +43,9 @@ def export(network: Causal, out: Path) -> Written:
     written = Written()
     tensors, layers = dict(network.artifact.raw), {}
     for name, packed in network.artifact.packed.items():
+        if len(packed.shape) < 2:  # a norm of a wide network
+            tensors[name] = packed.decode()
+            continue
         layer = name.removesuffix(".weight")
         layers[layer], parts = _affine(name, packed)
         tensors |= {f"{layer}.{part}": t for part, t in parts.items()}

@@ -129,7 +129,7 @@ def calibrate(
     """Quantize a network block by block; its weights become the quantized ones, all else stays as it was.
 
     Args:
-        network: float, on the device to work on.
+        network: float, on the device to work on, or, if it does not fit there, on the CPU.
         method: solves the layers.
         data: to calibrate on, where the method does.
 
@@ -279,7 +279,7 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
-        sums = Accumulator(stage[0])
+        sums = Accumulator(stage[0], self.here.rest.device)
         with undisturbed(self.network):
             for captured in inputs:
                 sums.valid = captured.valid

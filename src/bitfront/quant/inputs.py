@@ -314,6 +314,7 @@ class Accumulator:
 
     Args:
         name: of the layer, for messages.
+        device: that is worked on.
 
     Attributes:
         valid: what is not padding, for the uses to come.
@@ -321,8 +322,9 @@ class Accumulator:
         padded: whether padding may have been counted, as an input is not of the steps that are known.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.counts = name, torch.zeros(()), torch.zeros((), dtype=torch.long)
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.total = name, torch.zeros((), device=device)
+        self.counts = torch.zeros((), dtype=torch.long)
         self.valid: Tensor | None = None
         self.lookup = self.padded = False
 
@@ -362,5 +364,5 @@ class Accumulator:
         totals, counts, lookups, paddeds = zip(*known, strict=True)
         self.lookup, self.padded = any(lookups), any(paddeds)
         # Where the layer was not come to, the shape is not known.
-        self.total = summed(self.total.double().expand(max(totals, key=len)))
-        self.counts = summed(self.counts.expand(max(counts, key=len)))
+        self.total = summed(self.total.double().expand(max(totals, key=lambda shape: (len(shape), shape))))
+        self.counts = summed(self.counts.expand(max(counts, key=lambda shape: (len(shape), shape))))

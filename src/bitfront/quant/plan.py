@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +50,7 @@ class Calibration:
     seed: int = 0
     device: torch.device | None = None
     offload: str = ""
+    rest: Offload | None = field(default=None, init=False, repr=False)
     ranges: ClassVar[Ranges] = {"offload": ("", "cpu", "disk")}
 
     def __post_init__(self) -> None:
@@ -63,12 +65,15 @@ class Calibration:
 
     def forward(self, network: nn.Module, batch: Any) -> Any:
         """What the network makes of a batch, which stays as it is."""
-        return self.run(network, copied(batch))
+        with self.rest.reaching() if self.rest else nullcontext():
+            return self.run(network, copied(batch))
 
     def offloaded(self, network: nn.Module) -> Offload:
         """Where the parts of a network are in the meantime."""
         device = self.device or next((p.device for p in network.parameters()), torch.device("cpu"))
-        return Offload(network, self.modules(network), device, self.offload, self.states)
+        device = torch.empty(0, device=device).device  # with its number
+        self.rest = Offload(network, self.modules(network), device, self.offload, self.states)
+        return self.rest
 
     def modules(self, network: nn.Module) -> dict[str, nn.Module]:
         """The blocks of a network by their names.

@@ -22,7 +22,10 @@ from bitfront.quant.undisturbed import undisturbed
 def forward(network: nn.Module, unit: Unit, data: Calibration, rest: Offload, captured: Captured) -> Any:
     """What a block makes of its inputs."""
     args, kwargs = captured.on(rest.device)
-    return network.get_submodule(unit.block)(*args, **kwargs) if unit.block else data.run(network, *args)
+    if unit.block:
+        return network.get_submodule(unit.block)(*args, **kwargs)
+    with rest.reaching():
+        return data.run(network, *args)
 
 
 class Route:
@@ -78,7 +81,9 @@ class Exact(Route):
         block = self.network.get_submodule(unit.block)
         norms = [f"{unit.block}.{name}" if unit.block else name for name, _ in norm_parameters(block)]
         for name in (*(name for stage in unit.stages for name in stage), *unit.blind, *norms):
-            self.kept[name] = self.rest.stays(self.network.get_parameter(name).detach().clone())
+            p = self.network.get_parameter(name)
+            copy = p.detach().clone()
+            self.kept[name] = self.rest.stays(copy) if p in self.rest.away else copy
 
     def to(self, unit: Unit) -> list[Captured]:
         with self._as_it_was():

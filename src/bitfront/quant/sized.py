@@ -147,7 +147,7 @@ def _summed(
     network: nn.Module, stages: Sequence[list[str]], weights: dict[str, nn.Parameter], data: Calibration
 ) -> list[Accumulator]:
     """What the layers of each stage see in the float network."""
-    sums = {stage[0]: Accumulator(stage[0]) for stage in stages}
+    sums = {stage[0]: Accumulator(stage[0], weights[stage[0]].device) for stage in stages}
     with undisturbed(network):
         for batch in data.batches:
             valid = data.valid(batch)

@@ -46,7 +46,7 @@ def fill(path: Path, tables: dict[str, list[Row]]) -> None:
                 "<!-- overview:vit,lm -->"
             ) from None
 
-    pattern = r"(<!-- (table|sizes|overview|matrix):([\w,]*) ?([\d.,]*) -->).*?(<!-- end -->)"
+    pattern = r"(<!-- (table|sizes|overview|matrix):([\w,-]*) ?([\d.,]*) -->).*?(<!-- end -->)"
     path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))
 
 

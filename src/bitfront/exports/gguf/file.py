@@ -54,6 +54,9 @@ def _tensors(network: Causal, written: Written) -> dict[str, tuple[str, np.ndarr
     found = {}
     others: Counter[str] = Counter()
     for name, packed in network.artifact.packed.items():
+        if len(packed.shape) < 2:  # a norm of a wide network
+            found[name] = types.FLOAT, packed.decode().numpy()
+            continue
         encoded = types.smallest(packed)
         if encoded is None:
             raise BitfrontError(f"'{name}' is not in groups that a type of GGUF has; {REMEDY}")
