@@ -149,7 +149,7 @@ def page(found: dict[str, Any]) -> str:
         "device are the weights of one block, what one batch makes of them, and, for a layer of `c` inputs and `r`",
         f"rows, some {SQUARES} matrices of `8 c²` bytes and {ROWS} of `4 r c`. Without `offload=`, all the network.",
         "",
-        "| network, 16 bits, 128 × 2048 tokens | weights | codes | activations, J=0 | file | device |",
+        "| network, 16 bits, 128 × 2048 tokens | weights | codes | activations, J=0 | file, all at 2 bits | device |",
         "|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
@@ -172,7 +172,8 @@ def page(found: dict[str, Any]) -> str:
         minutes = told["quantize"]["seconds"] / 60
         lines.append(f"| {name} | {' | '.join(most)} | {minutes:.1f} | {blocks[len(blocks) // 2]:.0f} |")
     files = {told["file"] for told in found["runs"].values()}
-    lines += ["", f"The file has {' and '.join(f'{size:,}' for size in sorted(files))} bytes.", ""]
+    sizes = " and ".join(f"{size:,}" for size in sorted(files))
+    lines += ["", f"The file has {sizes} bytes; in it, the embedding has 16 bits, as in the papers' protocol.", ""]
     return "\n".join(lines)
 
 
