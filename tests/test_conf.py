@@ -179,7 +179,6 @@ def test_cfg_shows_all_keys_of_a_cell() -> None:
         (("data_root=${oc.env:NOTHING}",), "cannot be resolved"),
         (("task.heads=0",), "task.heads must divide task.dim"),
         (("task=resnet_imagenet", "model=resnet20"), "there is no model=resnet20"),
-        (("quant=decoupleq", "quant.sft=true", "trainer.devices=2", "init_from=README.md"), "init_from=<its model"),
         (("recipe=diffq/cifar11",), "did you mean 'diffq/cifar10'"),
         (("tensors.min_size=0",), "'tensors.min_size' is a fact of the task"),
         (("methods.lsq.penalty=1",), "is a fact of the task"),
