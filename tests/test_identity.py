@@ -16,6 +16,7 @@ from bitfront.cells import compose, identity
 from bitfront.cells.cell import Cell
 from bitfront.cells.identity import FINGERPRINT
 from bitfront.cells.record import FILE, Record, read_all, text_of
+from bitfront.cells.runs import Origin
 
 RESULTS = REPOSITORY / "results"
 COMMITTED = [*read_all(RESULTS / "records"), *read_all(RESULTS / "tuning"), *read_all(RESULTS / "floats")]
@@ -178,6 +179,14 @@ def put(record: Record, path: Path) -> None:
     (path / FILE).write_text(text_of("finished", record.as_json()))
 
 
+def begun_from(cell: Cell, record: Record) -> Cell:
+    """With the file that it starts from as its record has it, where that is not here."""
+    place = cell.config.values["init_from"]
+    if place not in (None, "float") and not Path(place).exists():
+        cell._origin = Origin(place, str(record.init_sha256))
+    return cell
+
+
 def test_every_records_command_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +203,7 @@ def test_every_records_command_finds_it(
 
     monkeypatch.setattr(compose, "fingerprinted", as_recorded)
     for record in COMMITTED:
-        cell = Cell([*record.overrides, "root=runs", "wandb=disabled"])
+        cell = begun_from(Cell([*record.overrides, "root=runs", "wandb=disabled"]), record)
         path = Path("runs") / record.task / record.method / record.id
         if not path.is_dir():
             put(record, path)
@@ -202,7 +211,7 @@ def test_every_records_command_finds_it(
             cell.start = known.setdefault(tuple(begin.words), begin)  # many have the same
             # where the start itself is not committed, one of its hash stands for it
             start = starts.get((record.task, str(record.init_sha256)), record)
-            run = cell.start.run()
+            run = begun_from(cell.start, start).run()
             assert run is not None
             put(replace(start, artifact_sha256=str(record.init_sha256)), run.path)
         cell.execute()
