@@ -19,16 +19,8 @@ from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
 from bitfront.processes import rank
 
-SHARED = (
-    "task",
-    "seed",
-    "smoke",
-    "root",
-    "data_root",
-    "offload",
-    "wandb",
-    "trainer",
-)  # with the float cell that one starts from
+# with the float cell that one starts from
+SHARED = ("task", "seed", "smoke", "root", "data_root", "offload", "wandb", "trainer")
 
 
 class Cell:

@@ -6,7 +6,7 @@ python -m src.evaluate artifact=<file> task=vit                                 
 python -m src.evaluate artifact=<file> data=<folder>                                on other data of your own
 python -m src.evaluate artifact=<file> lm_eval=piqa,arc_easy   a language model, on EleutherAI's lm-eval instead
 
-offload=cpu|disk   where a network larger than the device stays but for the block at work
+offload=cpu|disk where a network larger than the device stays but for the block at work
 lm_eval_path=    folder of tasks of your own, yaml files as that package has them
 lm_eval_limit=   samples of a task, the first ones; 0 = all
 """

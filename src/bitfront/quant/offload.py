@@ -147,6 +147,8 @@ class Offload:
 
 
 class _Reaching(TorchFunctionMode):
+    """Of ``Offload.reaching``."""
+
     def __init__(self, rest: Offload) -> None:
         super().__init__()
         self.rest = rest
