@@ -1,6 +1,9 @@
 """The block-wise stage (decoupleQ, arXiv 2404.12759, equation 2): with the codes fixed, the values that they stand for
 and the norms of a block are tuned so that the block's output comes closest to what the float block gives.
 
+Between the layers of a block (as in QuIP#, arXiv 2402.04396, section 5) the weights that are still float learn with
+them: they make up for the errors so far before they are quantized themselves, which moves their codes.
+
 Differs from the official code: float32 masters, so that norms of half precision learn too; relative learning rates;
 batches are shuffled; a part is held out, measured with the values as they will be stored, and the best epoch on it
 counts, with the untuned block among the candidates.
@@ -9,7 +12,7 @@ counts, with the untuned block among the candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +35,6 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class Recipe(Protocol):
     """Of the tuning: attributes of ``PostTraining``."""
 
-    J: int
     held_out: float
     patience: int
     block_lr: float
@@ -52,28 +54,41 @@ class Tuning:
     """A block whose codes are fixed.
 
     Args:
-        block: float network part, in evaluation mode, on the device to work on. Its norms are overwritten.
+        block: float network part, in evaluation mode, on the device to work on. Its norms, and what is still float, are
+            overwritten.
         packed: its quantized weights by their name in the block.
         symmetric: of them, those whose values are tied to 0.
         time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
+        still_float: names of weights that are yet to be quantized, and learn until then.
     """
 
-    def __init__(self, block: nn.Module, packed: dict[str, Packed], symmetric: set[str], time_last: bool) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        packed: dict[str, Packed],
+        symmetric: set[str],
+        time_last: bool,
+        still_float: Iterable[str] = (),
+    ) -> None:
         self.block, self.packed, self.time_last, self.places = block, packed, time_last, places(block)
         self.device = next(block.parameters()).device
         self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
         own = dict(norm_parameters(block))
         self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
+        self.loose = {
+            name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float
+        }
 
     def run(
-        self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, seed: int
+        self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, epochs: int, seed: int
     ) -> dict[str, Any]:
         """Tune.
 
         Args:
             inputs: of the block.
             targets: what the float block made of each: its ``floats``.
-            method: how long, how fast, and when to stop.
+            method: how fast, and when to stop.
+            epochs: at most.
             seed: of the order.
 
         Returns:
@@ -90,27 +105,29 @@ class Tuning:
         train, test = calls[: len(calls) - held], calls[len(calls) - held :] or calls[:1]
         learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
-        optimizer = torch.optim.Adam([*learned, *self.norms.values()], lr=method.block_lr, eps=1e-15)
+        groups: list[dict[str, Any]] = [{"params": [*learned, *self.norms.values()]}]
+        groups += [{"params": [w], "lr": method.block_lr * _size(w)} for w in self.loose.values()]
+        optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
         losses, best = [self._measured(test)], 0
-        kept = self.packed, self._norms()
-        for epoch in range(1, method.J + 1):
+        kept = self.packed, self._floats()
+        for epoch in range(1, epochs + 1):
             if epoch - best > method.patience:
                 break
             for n in torch.randperm(len(train), generator=generator).tolist():
                 self._step(optimizer, train[n])
             losses.append(self._measured(test))
             if losses[-1] < losses[best]:
-                best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._norms())
-        self.packed, norms = kept
-        for name, p in norms.items():
+                best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._floats())
+        self.packed, found = kept
+        for name, p in found.items():
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
 
     def _step(self, optimizer: torch.optim.Optimizer, call: Call | None) -> None:
         optimizer.zero_grad()
         loss = self._error(*call, self._weights()) if call else torch.zeros((), device=self.device)
-        if not torch.isfinite(backward(loss, optimizer.param_groups[0]["params"])):
+        if not torch.isfinite(backward(loss, [p for group in optimizer.param_groups for p in group["params"]])):
             raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
         optimizer.step()
 
@@ -173,22 +190,28 @@ class Tuning:
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""
-        masters: dict[str, Tensor] = {name: f.values() for name, f in self.frozen.items()} | dict(self.norms)
+        masters: dict[str, Tensor] = {name: f.values() for name, f in self.frozen.items()}
+        masters |= dict(self.norms) | dict(self.loose)
         return {name: w.to(self.block.get_parameter(name).dtype) for name, w in masters.items()}
 
     def _stored(self) -> dict[str, Tensor]:
         """What will be stored."""
-        stored = {name: f.packed.decode() for name, f in self.frozen.items()} | self._norms()
+        stored = {name: f.packed.decode() for name, f in self.frozen.items()} | self._floats()
         return {name: w.to(self.block.get_parameter(name).dtype) for name, w in stored.items()}
 
-    def _norms(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.norms.items()}
+    def _floats(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in (self.norms | self.loose).items()}
 
 
 def _pooled(parts: Sequence[tuple[int, float]]) -> tuple[int, float]:
     """Number and mean of all values, of those of each process."""
     total = sum(n for n, _ in parts)
     return total, sum(mean * (n / (total or 1)) for n, mean in parts)
+
+
+def _size(w: Tensor) -> float:
+    """Root mean square; 1 of what is all zero."""
+    return w.detach().square().mean().sqrt().item() or 1.0
 
 
 def _finite(wanted: Tensor, x: Tensor) -> Tensor:

@@ -44,11 +44,14 @@ class PostTraining(Sampled):
 
     Attributes:
         J: most epochs of the block-wise stage (the paper's J), 0 for none.
+        between: most epochs of it after each group of layers that share an input but the last, in which the weights of
+            the others, still float, learn with them.
         target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
             errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
-        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, and of 1 for norms.
+        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of the
+            root mean square of what is still float.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
             and the norms learn.
         sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
@@ -56,6 +59,7 @@ class PostTraining(Sampled):
     """
 
     J: int = 0
+    between: int = 0
     target: str = "network"
     held_out: float = 0.125
     patience: int = 2
@@ -65,6 +69,7 @@ class PostTraining(Sampled):
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
         "J": "0..",
+        "between": "0..",
         "target": ("network", "block"),
         "held_out": "[0, 1)",
         "patience": "1..",
@@ -74,7 +79,12 @@ class PostTraining(Sampled):
     @property
     def calibrates(self) -> bool:
         """Whether it goes through the network's blocks."""
-        return self.sees_inputs or self.J > 0
+        return self.sees_inputs or self.tunes
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a block-wise stage."""
+        return self.J > 0 or self.between > 0
 
     @property
     def needs_data(self) -> bool:
@@ -180,7 +190,7 @@ def _walk(
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
     here = Route(network, data, rest)
-    exact = Exact(network, data, rest) if method.J > 0 and method.target == "network" else None
+    exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
     tuned = {unit.block for unit in units if tunes(method, network, unit)}
     anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
     bar = Bar(units, unit="block")
@@ -215,7 +225,7 @@ def solve(method: PostTraining, name: str, w: nn.Parameter, moments: Moments | N
 
 def tunes(method: PostTraining, network: nn.Module, unit: Unit) -> bool:
     """Whether the block-wise stage follows, as it does in a block that is more than a layer."""
-    return method.J > 0 and bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
+    return method.tunes and bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
 
 
 @torch.no_grad()
@@ -242,13 +252,16 @@ def quantize_block(
         here.given = None  # of the block as it was
     entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
     with here.rest.at_work(of_unit(here.network, unit)):
-        for stage in unit.stages:
+        common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
+        wanted, seed, last = [targets[c.of] for c in common], here.data.seed + n, len(unit.stages) - 1
+        for i, stage in enumerate(unit.stages):
             work.solve_stage(stage, inputs)
+            if work.tuned and i < last and method.between:
+                entry.setdefault("between", []).append(work.tune(common, wanted, method.between, seed))
         for name in unit.blind:
             work.solve(name, None)
-        if work.tuned:
-            common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
-            entry |= work.tune(common, [targets[c.of] for c in common], here.data.seed + n)
+        if work.tuned and method.J:
+            entry |= work.tune(common, wanted, method.J, seed)
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},
@@ -298,19 +311,25 @@ class _Block:
         unseen = {"unseen": self.unit.unseen[name]} if name in self.unit.unseen and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
-    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], seed: int) -> dict[str, Any]:
-        """The block-wise stage; return its entry in the record."""
+    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, seed: int) -> dict[str, Any]:
+        """The block-wise stage, in which also learns what of the block is yet to be quantized; return its entry in the
+        record."""
         names = {id(p): name for name, p in self.block.named_parameters()}
         # A tied weight has another name here; one that the block is called with is not tuned.
         local = {name: names[id(self.weights[name])] for name in self.packed if id(self.weights[name]) in names}
         symmetric = {own for name, own in local.items() if self.method.of(name).keeps_zero}
+        later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
         tuning = Tuning(
-            self.block, {own: self.packed[name] for name, own in local.items()}, symmetric, self.unit.time_last
+            self.block,
+            {own: self.packed[name] for name, own in local.items()},
+            symmetric,
+            self.unit.time_last,
+            [names[one] for one in later if one in names],
         )
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):
-            entry = tuning.run(inputs, targets, self.method, seed)
+            entry = tuning.run(inputs, targets, self.method, epochs, seed)
         self.packed |= {name: tuning.packed[own] for name, own in local.items()}
         self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
         return entry
