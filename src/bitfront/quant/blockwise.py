@@ -20,9 +20,9 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, places
-from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
 from bitfront.quant.together import backward, gathered
+from bitfront.quant.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count

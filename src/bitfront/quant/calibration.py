@@ -13,7 +13,7 @@ For each block of the network, in the order in which they are called:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from bitfront.quant.captured import Captured
 from bitfront.quant.core import Method, Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.offload import Offload
 from bitfront.quant.packed import Packed
@@ -91,7 +92,8 @@ class PostTraining(Sampled):
 
         Args:
             w: its weight, any shape.
-            inputs: what the layer sees; None where that is unknown (embeddings, recurrent layers).
+            inputs: what the layer sees; None where that is unknown, or each row is an output: of look-ups, and
+                of what is added, as biases.
 
         Returns:
             The packed tensor, and what is worth recording.
@@ -125,7 +127,7 @@ class PostTraining(Sampled):
 
 def calibrate(
     network: nn.Module, method: PostTraining, data: Calibration | None
-) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, Packed], dict[str, Any]]:
     """Quantize a network block by block; its weights become the quantized ones, all else stays as it was.
 
     Args:
@@ -134,13 +136,14 @@ def calibrate(
         data: to calibrate on, where the method does.
 
     Returns:
-        Packed tensors by name, and a log of layers and blocks for the record.
+        Packed tensors by name, and a log for the record: of layers and blocks, and, where ``solve`` makes use of what
+        layers see, which share of the weights it had to do without (``blind``, 0..1).
 
     Raises:
         BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
     """
     weights = method.eligible(network)
-    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    log: dict[str, Any] = {"layers": [], "blocks": []}
     found: dict[str, Packed] = {}
     if data is None or not method.calibrates:
         for name, w in weights.items():
@@ -157,6 +160,8 @@ def calibrate(
                 found[name] = replace(p, codes=rest.stays(p.codes)) if rest.place else p
             log["layers"] += state["layers"]
             log["blocks"].append(state["block"])
+    if method.sees_inputs:
+        log["blind"] = blind_share(log["layers"])
     return {name: found[name] for name in weights}, log
 
 
@@ -201,16 +206,34 @@ def _walk(
 
 
 @torch.no_grad()
-def solve(method: PostTraining, name: str, w: nn.Parameter, moments: Moments | None) -> tuple[Packed, dict[str, Any]]:
-    """Quantize one weight in place; return it packed, and its entry in the log."""
+def solve(
+    method: PostTraining, name: str, w: nn.Parameter, moments: Moments | None, looked_up: Tensor | None = None
+) -> tuple[Packed, dict[str, Any]]:
+    """Quantize one weight in place; return it packed, and its entry in the log.
+
+    Args:
+        method, name, w: solves the weight.
+        moments: of its inputs, if they are known.
+        looked_up: how often each of its rows is an output, ``[rows]``, if it has no other use that is known.
+    """
     started = time.perf_counter()
     packed, details = method.of(name).solve(w.detach(), moments)
     quantized = packed.decode().to(w.device)
     entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
     if moments is not None:
         entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+    elif looked_up is not None:
+        entry |= {"inputs": int(looked_up.sum()), "loss": loss_of_rows(looked_up, w.detach(), quantized)}
     w.data.copy_(quantized)
     return packed, entry | details | {"seconds": time.perf_counter() - started}
+
+
+def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
+    """Power of the error relative to that of the output, where the rows are the outputs, each so often."""
+    power, error = (
+        x.double().reshape(len(x), -1).square().sum(1) @ counts.to(w.device).double() for x in (w, quantized - w)
+    )
+    return (error / power).item() if power else 0.0
 
 
 def tunes(method: PostTraining, network: nn.Module, unit: Unit) -> bool:
@@ -240,11 +263,11 @@ def quantize_block(
         outputs = exact.run() if exact else here.run()
         targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
         here.given = None  # of the block as it was
-    entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
+    entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
         for stage in unit.stages:
             work.solve_stage(stage, inputs)
-        for name in unit.blind:
+        for name in (*unit.looked_up, *unit.blind):
             work.solve(name, None)
         if work.tuned:
             common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
@@ -279,7 +302,7 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
-        sums = Accumulator(stage[0], self.here.rest.device)
+        sums = Accumulator(stage[0], self.here.rest.device, self.unit.forms[stage[0]])
         with undisturbed(self.network):
             for captured in inputs:
                 sums.valid = captured.valid
@@ -288,14 +311,17 @@ class _Block:
                     forward(self.network, self.unit, self.here.data, self.here.rest, captured)
         moments = sums.moments()
         about = {"padding": "counted"} if sums.padded else {}
+        idle = [f"{sums.idle} of its {moments.batch} entries not used on these data"] if sums.idle else []
         for name in stage:
             own = moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments
-            self.solve(name, own, **about)
+            self.solve(name, own, idle, **about)
 
-    def solve(self, name: str, moments: Moments | None, **about: Any) -> None:
-        """Quantize one layer."""
-        self.packed[name], entry = solve(self.method, name, self.weights[name], moments)
-        unseen = {"unseen": self.unit.unseen[name]} if name in self.unit.unseen and self.method.sees_inputs else {}
+    def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
+        """Quantize one layer, of which a part may be idle."""
+        looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
+        self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
+        told = name in self.unit.unseen or idle
+        unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
     def tune(self, inputs: list[Captured], targets: list[list[Tensor]], seed: int) -> dict[str, Any]:
