@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import tracemalloc
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from bitfront.errors import ArtifactError
 from bitfront.quant import entropy
 from bitfront.quant.artifact import Artifact
 from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed, grouped, pack, packed_bytes, ungrouped, unpack
+from bitfront.quant.packed import Packed, grouped, ordered, pack, packed_bytes, restored, ungrouped, unpack
 from bitfront.quant.rounding import round_to_nearest
 from bitfront.quant.scales import Scales
 from bitfront.standalone import load
@@ -354,6 +356,25 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file(tmp_path: Path, monk
         {"table": 9},
         {"table": -1},
         {"table": 4, "shape": [320, 1], "scales": 40},
+        {"axes": [0]},
+        {"axes": [0, 2]},
+        {"axes": [1, 1]},
+        {"axes": [-1, 0]},
+        {"axes": [1, 0, 2]},
+        {"axes": "10"},
+        {"axes": [1.0, 0.0]},
+        {"axes": [True, False]},
+        {"axes": 1},
+        {"axes": None},
+        {"axes": [*range(1000)]},
+        {"axes": [10**4000, 0]},
+        {"view": [16, 20]},
+        {"view": [4, 4, 20], "axes": [1, 0]},
+        {"view": [4, 4, 21], "axes": [1, 0, 2]},
+        {"view": [-4, -4, 20], "axes": [1, 0, 2]},
+        {"view": [1 << 40, 0, 20], "axes": [1, 0, 2]},
+        {"view": [[16], 20], "axes": [1, 0]},
+        {"axes": [1, 0], "table": 4},
         {"coded": -1},
         {"coded": 10**9},
         {"coded": 3},
@@ -375,6 +396,27 @@ def test_crafted_layouts_are_refused_before_memory_is_taken(crafted: dict[str, A
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "view", "axes"), [((6, 20), (), (1, 0)), ((4, 6, 5), (), (2, 0, 1)), ((6, 20), (6, 5, 4), (2, 1, 0))]
+)
+@pytest.mark.parametrize("group_size", [-1, 7])
+def test_axes_in_another_order_are_put_back(
+    shape: tuple[int, ...], view: tuple[int, ...], axes: tuple[int, ...], group_size: int, tmp_path: Path
+) -> None:
+    w = torch.randn(shape)
+    rows = ordered(w, view, axes)
+    packed = replace(round_to_nearest(rows, 8, group_size), shape=w.shape, view=view, axes=axes)
+    step = packed.span.abs().max() / 255
+    assert (packed.decode() - w).abs().max() <= 0.51 * step and packed.decode().is_contiguous()
+    assert torch.equal(restored(rows.reshape(-1), w.shape, view, axes), w)
+    again = Packed.from_bytes(packed.to_bytes(), packed.layout())
+    assert again.layout() == packed.layout() and torch.equal(again.decode(), packed.decode())
+    Artifact({"w": packed}, {}, {}).save(tmp_path / "net")
+    assert torch.equal(load(tmp_path / "net")["w"], packed.decode())
+    header = json.loads(safe_open(tmp_path / "net", "pt").metadata()["bitfront"])
+    assert header["version"] == 4 and header["quantized"]["w"]["axes"] == list(axes)
 
 
 def test_widths_and_scales_that_the_entry_belies_are_refused() -> None:

@@ -23,10 +23,11 @@ from bitfront.quant.captured import Captured
 from bitfront.quant.decoupleq import DecoupleQ
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Accumulator, Moments, Watch, steps
+from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.model import eligible
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.rtn import RTN
+from bitfront.quant.uses import steps
 
 
 def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
@@ -73,7 +74,7 @@ def test_the_quadratic_form_is_the_error_of_the_output(
         layer.weight.copy_(w)
     wanted = (wrong - right).square().sum() / right.square().sum()
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
-    monkeypatch.setattr("bitfront.quant.inputs.CHUNK", 1)  # sample by sample
+    monkeypatch.setattr("bitfront.quant.convolutions.CHUNK", 1)  # sample by sample
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -278,14 +279,9 @@ def test_every_layer_is_found_without_knowing_the_architecture(real: tuple[str, 
     units = plan(network, weights, data)
     staged = [w for unit in units for stage in unit.stages for w in stage]
     blind = {w for unit in units for w in unit.blind}
-    assert sorted([*staged, *blind]) == sorted(weights)
-    unseen = {
-        f"{n}.{p}"
-        for n, m in network.named_modules()
-        if isinstance(m, (nn.Embedding, nn.LSTM, nn.ConvTranspose1d, nn.ConvTranspose2d))
-        for p, _ in m.named_parameters(recurse=False)
-    }
-    assert blind - {"pos_embed", "cls_token"} <= unseen
+    looked_up = {w for unit in units for w in unit.looked_up}
+    assert sorted([*staged, *looked_up, *blind]) == sorted(weights)
+    assert blind <= {"cls_token"} and looked_up <= {"pos_embed"}
     order = [unit.block for unit in units]
     assert len(set(filter(None, order))) == len([b for b in order if b])
     expected = {

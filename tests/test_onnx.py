@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,20 @@ CASES = {
         f"grids in {n} bits": RTN(bits=3, group_size=8, scale_bits=n, **ALL).solve(torch.randn(5, 24), None)[0]
         for n in (3, 6, 8)
     },
+    **{
+        f"{len(axes)} axes in another order": replace(packed((8, 6, 4), [3], scales, 24), view=view, axes=axes)
+        for view, axes, scales in (((), (1, 0, 2), 6), ((8, 6, 2, 2), (3, 1, 0, 2), 24))
+    },
+    "rows of padded groups, transposed": replace(packed((10, 4), [4], 12, 12, rows=4, values=4), axes=(1, 0)),
     "widths, padded": packed((3, 5, 3), [2, 3, 2, 4, 7, 2, 3, 2, 2, 3, 9, 12], 1, 12, dtype=torch.float16),
 }
+
+
+def test_rows_that_are_columns_are_no_product_in_few_bits() -> None:
+    """Of which the operator has the rows as they are stored."""
+    assert Blocks.of(packed((24, 64), [4], 24, 24)) and not Blocks.of(
+        replace(packed((24, 64), [4], 64, 64), axes=(1, 0))
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -216,10 +216,13 @@ class Uses(nn.Module):
 
 
 BLIND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "addmm": lambda x, w: torch.addmm(torch.zeros(16), x, w),
-    "T": lambda x, w: x @ w.T,
-    "matmul": lambda x, w: x @ w,
-    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "matmul": lambda x, w: x @ (w @ w),
+    "contiguous": lambda x, w: x @ w.T.contiguous(),
+    "einsum": lambda x, w: x * torch.einsum("bi,oi->b", x, w)[:, None],
+    "tensordot": lambda x, w: torch.tensordot(x, w, 1),
+    "getitem": lambda x, w: torch.bmm(x[:, None], w[torch.zeros(8, dtype=torch.long)][:, :, None].expand(-1, -1, 16))[
+        :, 0
+    ],
     "mul": lambda x, w: F.linear(x, 2 * w),
     "to": lambda x, w: F.linear(x.double(), w.to(torch.float64)).float(),
     "conv_transpose1d": lambda x, w: F.conv_transpose1d(x[:, :, None], w[:, :, None])[:, :, 0],
@@ -231,8 +234,8 @@ BLIND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_uses_that_are_not_understood_are_said(name: str) -> None:
     model = bitfront.quantize(Uses(BLIND[name]), GPTQ(bits=3, **EVERY), batches(2, 16))
     entry = next(entry for entry in model.log["layers"] if entry["name"] == "weight")
-    wanted = "getitem" if name in ("conv_transpose1d", "linear") else name
-    assert entry["inputs"] == 0 and wanted in entry["unseen"] and "loss" not in entry
+    assert entry["inputs"] == 0 and name in entry["unseen"] and "loss" not in entry
+    assert model.log["blind"] == pytest.approx(1 / 2)
     line = next(line for line in model.summary().splitlines() if line.startswith("rounded blind"))
     size = model.encode()["weight"].nbytes
     assert f"1 tensors, {size:,} bytes" in line and f"weight ({', '.join(entry['unseen'])})" in line

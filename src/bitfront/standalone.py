@@ -8,7 +8,8 @@ of bytes: widths of the groups, codes (bit planes, group widths from the smalles
 
     w = lo + span * code / (2**bits - 1)
 
-Widths are bit planes or entropy-coded (rANS); lo and span floats, or whole numbers relative to a float16 of the row.
+in rows of axes that may come in another order. Widths are bit planes or entropy-coded (rANS); lo and span floats, or
+whole numbers relative to a float16 of the row.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
     header = json.loads(entries.pop("__metadata__")["bitfront"])
-    if header["version"] > 3:
+    if header["version"] > 4:
         raise ValueError(f"format {header['version']} is newer than this program")
     state, checksum = {}, 0
     for name in sorted(entries):
@@ -67,6 +68,8 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
 def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
     size, rows, (lowest, highest) = layout["group_size"], layout.get("rows", 0), layout["bits"]
     numel = int(np.prod(layout["shape"], dtype=np.int64))
+    view, axes = layout.get("view") or layout["shape"], layout.get("axes") or [*range(len(layout["shape"]))]
+    stored = [view[axis] for axis in axes]
     columns = numel // max(rows, 1)  # that are cut into groups together; the last one may be longer than they are
     groups = max(rows, 1) * -(-columns // size)
     at = 0
@@ -83,20 +86,20 @@ def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
 
     coded = layout.get("coded")
     bits = lowest + (_symbols(take(coded), groups) if coded else codes(groups, (highest - lowest).bit_length()))
-    stored = np.ones((groups, size), bool)
+    kept = np.ones((groups, size), bool)
     if rows:  # whose padding is not stored
         row = np.arange(-(-columns // size) * size) < columns
-        stored = np.tile(row.reshape(-1, size), (rows, 1))
+        kept = np.tile(row.reshape(-1, size), (rows, 1))
     found = np.zeros((groups, size), np.int32)
     for width in np.unique(bits):
         here = np.flatnonzero(bits == width)
         part = np.zeros((len(here), size), np.int32)
-        part[stored[here]] = codes(int(stored[here].sum()), int(width))
+        part[kept[here]] = codes(int(kept[here].sum()), int(width))
         found[here] = part
 
     def numbers(n: int) -> torch.Tensor:  # of the grids
         if table := layout.get("table"):
-            q = torch.from_numpy(codes(n, table)).view(layout["shape"][0], -1)
+            q = torch.from_numpy(codes(n, table)).view(rows or stored[0], -1)
             top = torch.from_numpy(take(2 * len(q)).copy()).view(torch.float16)
             return (q.float() / (2**table - 1) * top.float()[:, None]).view(-1)
         kind = getattr(torch, layout["dtype"])
@@ -108,7 +111,8 @@ def _decoded(data: np.ndarray, layout: dict[str, Any]) -> torch.Tensor:
     values = torch.from_numpy(found).float() * step + lo
     if rows:
         values = values.reshape(rows, -1)[:, :columns]
-    return values.reshape(-1)[:numel].reshape(layout["shape"])
+    values = values.reshape(-1)[:numel].reshape(stored).permute(np.argsort(axes).tolist() if axes else [])
+    return values.reshape(layout["shape"]).contiguous()
 
 
 def _symbols(data: np.ndarray, n: int) -> np.ndarray:

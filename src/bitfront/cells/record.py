@@ -103,7 +103,8 @@ class Record(Head):
         artifact, artifact_sha256: path and hash of the file.
         device: "cpu", or a GPU by its name.
         processes: that trained together.
-        calibration: of each layer and block, how a method after training fared.
+        calibration: of each layer and block, how a method after training fared, and which share of the weights it had
+            to round ``blind`` (not in older records).
         samples: by split, how many the metrics are of; none in older records.
     """
 
@@ -117,7 +118,7 @@ class Record(Head):
     artifact_sha256: str
     device: str = "cpu"
     processes: int = 1
-    calibration: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -140,12 +141,12 @@ class Record(Head):
     def _remarks(self) -> str:
         if not self.widths:
             return ""
-        size = {name: sum(bits * n for bits, n in enumerate(counts)) / 8 for name, counts in self.widths.items()}
-        unquantized = 4 * (self.sizes.parameters - sum(map(sum, self.widths.values())))
+        size = {name: sum(counts) for name, counts in self.widths.items()}
+        unquantized = 4 * (self.sizes.parameters - sum(size.values()))
         told = f", {100 * unquantized / self.sizes.file:.0f} % of it float"
         if unseen := blind(self.calibration.get("layers", [])):
-            share = 100 * sum(size[name] for name in unseen) / self.sizes.file
-            told += f", {share:.0f} % rounded blind ({', '.join(dict.fromkeys(unseen.values()))})"
+            share = 100 * sum(size[name] for name in unseen) / sum(size.values())
+            told += f", {share:.2g} % of the weights rounded blind ({', '.join(dict.fromkeys(unseen.values()))})"
         return told
 
     def as_json(self) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from bitfront.quant.artifact import float_bytes
 from bitfront.quant.blockwise import floats
 from bitfront.quant.calibration import PostTraining
 from bitfront.quant.captured import copied
-from bitfront.quant.inputs import inside
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.uses import inside
 from bitfront.quant.weights import load_weights
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap

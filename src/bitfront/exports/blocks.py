@@ -45,7 +45,7 @@ class Blocks:
             packed: a tensor.
             size: values of a block.
         """
-        if len(packed.shape) != 2 or packed.shape[1] % size or _shared(packed) % size:
+        if len(packed.shape) != 2 or packed.axes or packed.shape[1] % size or _shared(packed) % size:
             return None
         (rows, columns), groups, values = packed.shape, *packed.codes.shape
         padded = groups * values // rows if packed.rows else columns  # a row in memory

@@ -31,7 +31,8 @@ from bitfront.quant.scales import told
 NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"
 PART = 1 << 30  # bytes of decoded weights at once
-VERSION = 3  # of files with tables of few bits, coded widths or narrow floats; 2: with groups of a row by themselves
+VERSION = 4  # of files with axes in another order, or tables of rows that are not the first axis
+# 3: with tables of few bits, coded widths or narrow floats; 2: with groups of a row by themselves
 
 
 @dataclass
@@ -96,8 +97,9 @@ class Artifact:
         tensors = _apart(tensors)
         layouts = {name: packed.layout() for name, packed in self.packed.items()}
         later = {key for layout in layouts.values() for key in layout}
+        moved = "axes" in later or any(p.table and p.lines != p.shape[0] for p in self.packed.values())
         header: dict[str, Any] = {
-            "version": 3 if self.narrow or later & {"table", "coded"} else 2 if "rows" in later else 1,
+            "version": 4 if moved else 3 if self.narrow or later & {"table", "coded"} else 2 if "rows" in later else 1,
             "quantized": layouts,
             "tied": self.tied,
             **({"narrow": self._narrow()} if self.narrow else {}),

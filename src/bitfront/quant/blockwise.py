@@ -23,9 +23,9 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, places
-from bitfront.quant.inputs import inside
 from bitfront.quant.packed import Packed
 from bitfront.quant.together import backward, gathered
+from bitfront.quant.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
@@ -75,9 +75,7 @@ class Tuning:
         self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
         own = dict(norm_parameters(block))
         self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
-        self.loose = {
-            name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float
-        }
+        self.loose = {name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float}
 
     def run(
         self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, epochs: int, seed: int

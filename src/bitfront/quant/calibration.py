@@ -13,7 +13,7 @@ For each block of the network, in the order in which they are called:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from bitfront.quant.captured import Captured
 from bitfront.quant.core import Method, Sampled, check
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.offload import Offload
 from bitfront.quant.packed import Packed
@@ -50,8 +51,8 @@ class PostTraining(Sampled):
             errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
-        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of the
-            root mean square of what is still float.
+        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of
+            the root mean square of what is still float.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
             and the norms learn.
         sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
@@ -101,7 +102,8 @@ class PostTraining(Sampled):
 
         Args:
             w: its weight, any shape.
-            inputs: what the layer sees; None where that is unknown (embeddings, recurrent layers).
+            inputs: what the layer sees; None where that is unknown, or each row is an output: of look-ups, and
+                of what is added, as biases.
 
         Returns:
             The packed tensor, and what is worth recording.
@@ -135,7 +137,7 @@ class PostTraining(Sampled):
 
 def calibrate(
     network: nn.Module, method: PostTraining, data: Calibration | None
-) -> tuple[dict[str, Packed], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, Packed], dict[str, Any]]:
     """Quantize a network block by block; its weights become the quantized ones, all else stays as it was.
 
     Args:
@@ -144,13 +146,14 @@ def calibrate(
         data: to calibrate on, where the method does.
 
     Returns:
-        Packed tensors by name, and a log of layers and blocks for the record.
+        Packed tensors by name, and a log for the record: of layers and blocks, and, where ``solve`` makes use of what
+        layers see, which share of the weights it had to do without (``blind``, 0..1).
 
     Raises:
         BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
     """
     weights = method.eligible(network)
-    log: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    log: dict[str, Any] = {"layers": [], "blocks": []}
     found: dict[str, Packed] = {}
     if data is None or not method.calibrates:
         for name, w in weights.items():
@@ -167,6 +170,8 @@ def calibrate(
                 found[name] = replace(p, codes=rest.stays(p.codes)) if rest.place else p
             log["layers"] += state["layers"]
             log["blocks"].append(state["block"])
+    if method.sees_inputs:
+        log["blind"] = blind_share(log["layers"])
     return {name: found[name] for name in weights}, log
 
 
@@ -211,16 +216,34 @@ def _walk(
 
 
 @torch.no_grad()
-def solve(method: PostTraining, name: str, w: nn.Parameter, moments: Moments | None) -> tuple[Packed, dict[str, Any]]:
-    """Quantize one weight in place; return it packed, and its entry in the log."""
+def solve(
+    method: PostTraining, name: str, w: nn.Parameter, moments: Moments | None, looked_up: Tensor | None = None
+) -> tuple[Packed, dict[str, Any]]:
+    """Quantize one weight in place; return it packed, and its entry in the log.
+
+    Args:
+        method, name, w: solves the weight.
+        moments: of its inputs, if they are known.
+        looked_up: how often each of its rows is an output, ``[rows]``, if it has no other use that is known.
+    """
     started = time.perf_counter()
     packed, details = method.of(name).solve(w.detach(), moments)
     quantized = packed.decode().to(w.device)
     entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
     if moments is not None:
         entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+    elif looked_up is not None:
+        entry |= {"inputs": int(looked_up.sum()), "loss": loss_of_rows(looked_up, w.detach(), quantized)}
     w.data.copy_(quantized)
     return packed, entry | details | {"seconds": time.perf_counter() - started}
+
+
+def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
+    """Power of the error relative to that of the output, where the rows are the outputs, each so often."""
+    power, error = (
+        x.double().reshape(len(x), -1).square().sum(1) @ counts.to(w.device).double() for x in (w, quantized - w)
+    )
+    return (error / power).item() if power else 0.0
 
 
 def tunes(method: PostTraining, network: nn.Module, unit: Unit) -> bool:
@@ -250,7 +273,7 @@ def quantize_block(
         outputs = exact.run() if exact else here.run()
         targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
         here.given = None  # of the block as it was
-    entry: dict[str, Any] = {"name": unit.block or (unit.stages or [unit.blind])[0][0]}
+    entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
         wanted, seed, last = [targets[c.of] for c in common], here.data.seed + n, len(unit.stages) - 1
@@ -258,7 +281,7 @@ def quantize_block(
             work.solve_stage(stage, inputs)
             if work.tuned and i < last and method.between:
                 entry.setdefault("between", []).append(work.tune(common, wanted, method.between, seed))
-        for name in unit.blind:
+        for name in (*unit.looked_up, *unit.blind):
             work.solve(name, None)
         if work.tuned and method.J:
             entry |= work.tune(common, wanted, method.J, seed)
@@ -292,7 +315,7 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
-        sums = Accumulator(stage[0], self.here.rest.device)
+        sums = Accumulator(stage[0], self.here.rest.device, self.unit.forms[stage[0]])
         with undisturbed(self.network):
             for captured in inputs:
                 sums.valid = captured.valid
@@ -301,14 +324,17 @@ class _Block:
                     forward(self.network, self.unit, self.here.data, self.here.rest, captured)
         moments = sums.moments()
         about = {"padding": "counted"} if sums.padded else {}
+        idle = [f"{sums.idle} of its {moments.batch} entries not used on these data"] if sums.idle else []
         for name in stage:
             own = moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments
-            self.solve(name, own, **about)
+            self.solve(name, own, idle, **about)
 
-    def solve(self, name: str, moments: Moments | None, **about: Any) -> None:
-        """Quantize one layer."""
-        self.packed[name], entry = solve(self.method, name, self.weights[name], moments)
-        unseen = {"unseen": self.unit.unseen[name]} if name in self.unit.unseen and self.method.sees_inputs else {}
+    def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
+        """Quantize one layer, of which a part may be idle."""
+        looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
+        self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
+        told = name in self.unit.unseen or idle
+        unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
     def tune(self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, seed: int) -> dict[str, Any]:

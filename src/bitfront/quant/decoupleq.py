@@ -13,8 +13,8 @@ the codes, each kept per row if better. At level 2 the codes come from rounding 
 from M steps of projected gradient on all columns, then column by column rounding with K steps on the later ones
 (equation 10, algorithm 2).
 
-Where nothing is known of the inputs (embeddings, recurrent layers), weights are rounded to nearest, on the grid that is
-best for ``H = 1``.
+Where nothing is known of the inputs, or each row is an output (look-ups of embeddings), weights are rounded to nearest,
+on the grid that is best for ``H = 1``.
 
 Differs from the official code: relative thresholds and step sizes throughout, so that the unit of weights and inputs
 does not matter; rows of zeros and constant groups are solved; gradient steps are preconditioned by the diagonal

@@ -25,9 +25,9 @@ class Frozen(Quantizer):
 
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
-        self.shape, self.rows = packed.shape, packed.rows
+        self.shape, self.rows, self.view, self.axes = packed.shape, packed.rows, packed.view, packed.axes
         self.scales = Scales(packed.lo.dtype, packed.table, symmetric)
-        self.by_rows = by_rows(packed.lo, packed.shape).shape
+        self.by_rows = by_rows(packed.lo, torch.Size((packed.lines, *packed.shape[1:]))).shape
         form = {"scale_dtype": told(packed.lo.dtype), "scale_bits": packed.table}
         self.settings = {"bits": int(packed.bits.max()), **form}
         self.fixed = not trainable
@@ -46,10 +46,13 @@ class Frozen(Quantizer):
 
     @property
     def packed(self) -> Packed:
-        codes, bits, lo, span = (self.get_buffer(f"packed_{name}") for name in ("codes", "bits", "lo", "span"))
-        if self.gain is not None:
-            lo, span = self._stored()
-        return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table)
+        lo, span = (self.get_buffer(f"packed_{name}") for name in ("lo", "span"))
+        return self._on(*(lo, span) if self.gain is None else self._stored())
+
+    def _on(self, lo: Tensor, span: Tensor) -> Packed:
+        """The codes on other grids."""
+        codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
+        return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table, self.view, self.axes)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         assert self.gain is not None and self.shift is not None
@@ -64,10 +67,9 @@ class Frozen(Quantizer):
         """The weight, float32, differentiable in what is learned."""
         if self.gain is None:
             return self.packed.decode()
-        codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
         # as they are stored, with the gradients of what is learned
         lo, span = (x + (s.to(x) - x.detach()) for x, s in zip(self._learned(), self._stored(), strict=True))
-        return Packed(codes, bits, lo, span, self.shape, self.rows).decode()
+        return self._on(lo, span).decode()
 
     def surrogate(self, w: Tensor) -> Tensor:
         return self.values()

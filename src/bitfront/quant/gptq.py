@@ -11,7 +11,7 @@ zero are rounded to nearest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from bitfront.quant.rounding import by_rows, min_max
 from bitfront.quant.rtn import RTN
 from bitfront.quant.scales import Scales
 from bitfront.quant.solver import Layer, Solution, solve_rows
+from bitfront.quant.uses import Form
 from bitfront.ranges import Ranges
 
 
@@ -69,20 +70,21 @@ class GPTQ(RTN):
         def in_all(loss: Tensor) -> float:
             return (loss * curvature.mean[:, None]).sum().item()
 
-        rows = w.float().reshape(inputs.batch, -1, inputs.columns)
+        rows = inputs.rows(w.float())
+        lines = torch.Size((inputs.batch * rows.shape[1], inputs.columns))
+        flat = (rows == rows[..., :1]).all(2)
         rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
-        lo, span = (by_rows(x, w.shape) for x in min_max(rows, size, self.bits, self.symmetric))
+        lo, span = (by_rows(x, lines) for x in min_max(rows, size, self.bits, self.symmetric))
         scales = self.scales.fitting(lo, span, self.bits)
         solution = solve_rows(rows, rows.shape[2] // size, solve)
         power = log.pop("power") or 1.0
-        flat = (w == w.flatten(1)[:, :1].view(-1, *[1] * (w.dim() - 1))).flatten(1).all(1)
         about = {
             "steps": {name: loss / power for name, loss in log.items()},
             "damping": self.damping + curvature.raised,
             "dead_inputs": int(curvature.dead.sum()) - padding * inputs.batch,
             "flat_rows": int(flat.sum()),
         }
-        return packed(solution, w.shape, self.bits, scales, padding), about
+        return packed(solution, w.shape, self.bits, scales, padding, inputs.form), about
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         """The solution after each step, by name; the last one counts."""
@@ -91,11 +93,13 @@ class GPTQ(RTN):
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 
 
-def packed(solution: Solution, shape: torch.Size, bits: int, scales: Scales, padding: int = 0) -> Packed:
-    """A solution as it is stored, without the columns of padding."""
+def packed(solution: Solution, shape: torch.Size, bits: int, scales: Scales, padding: int, form: Form) -> Packed:
+    """A solution as it is stored, without the columns of padding; its rows are the tensor's in a form."""
     codes, scale, zero = (x.transpose(1, 2) for x in (solution.codes, solution.scale, solution.zero))
     levels, groups = 2**bits - 1, scale.shape[2]
     codes = codes.reshape(scale.numel(), -1).to(code_dtype(levels))
     lo, span = (x.flatten() for x in scales.stored(zero.reshape(-1, groups), (scale * levels).reshape(-1, groups)))
     width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)
-    return Packed(codes, width, lo, span, shape, shape[0] if padding else 0, scales.table)
+    found = Packed(codes, width, lo, span, shape, 0, scales.table, form.view, form.axes)
+    lines = len(solution.loss) * solution.loss.shape[1]
+    return replace(found, rows=lines) if padding or lines != found.lines else found

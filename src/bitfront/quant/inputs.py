@@ -7,7 +7,6 @@ functional calls need no special module, and no architecture is known by name.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitfront.errors import BitfrontError
+from bitfront.quant import convolutions, products, recurrent
 from bitfront.quant.solver import Curvature
 from bitfront.quant.together import gathered, summed
+from bitfront.quant.uses import NATURAL, Form, Use, dense
 
-CHUNK = 1 << 24  # values of an unfolded input at once
-ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
+UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
 
 
 @dataclass
@@ -32,12 +32,14 @@ class Moments:
 
     Attributes:
         H: mean of ``x xᵀ``, float64 ``[batch, columns, columns]``; ``batch`` are the groups of a grouped convolution,
-            or the different inputs of a stacked projection.
-        count: how many ``x`` were seen.
+            the phases of a transposed one, the different inputs of a stacked projection, or the experts of a stack.
+        count: how many ``x`` were seen, of the batch by the entry that saw most.
+        form: how the weight is ``[batch, rows, columns]``.
     """
 
     H: Tensor
     count: int
+    form: Form = NATURAL
     _curvatures: dict[tuple[float, bool, int], Curvature] = field(default_factory=dict)
 
     @property
@@ -47,6 +49,10 @@ class Moments:
     @property
     def columns(self) -> int:
         return self.H.shape[1]
+
+    def rows(self, w: Tensor) -> Tensor:
+        """A weight as ``[batch, rows, columns]``."""
+        return self.form.rows(w, self.batch, self.columns)
 
     def curvature(self, damping: float, act_order: bool, padding: int = 0) -> Curvature:
         """With its factorizations, shared by the layers that share the inputs."""
@@ -58,51 +64,29 @@ class Moments:
     def relative_loss(self, w: Tensor, quantized: Tensor) -> float:
         """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``."""
         H = (self.H / (self.H.diagonal(dim1=1, dim2=2).mean() or 1.0)).float()
-        both = (x.float().reshape(self.batch, -1, self.columns) for x in (w, quantized - w))
+        both = (self.rows(x.float()) for x in (w, quantized - w))
         power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
 
     def with_lookup(self, w: Tensor) -> Moments:
-        """For a weight that is also an embedding: its rows themselves are then an output too, of the inputs I.
+        """For a weight that is also looked up, or added: its rows themselves are then an output too, of the inputs I.
 
         The relative loss becomes the mean of that of both uses, as if every row were looked up equally often.
         """
-        rows = w.double().reshape(self.batch, -1, self.columns)
+        rows = self.rows(w.double())
         size = rows.square().sum().item()
         scale = ((rows @ self.H.to(rows)) * rows).sum().item() / size if size else 0.0
-        return Moments(self.H + scale * torch.eye(self.columns).to(self.H), self.count)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a weight in a forward: what identifies its inputs, and how they become the columns of ``x``.
-
-    Attributes:
-        key: the input tensors' identity, and the geometry.
-        geometry: of a convolution: kernel, stride, padding, dilation, groups; None for a matrix product.
-        batch_axis: where the samples are, if that is known.
-        unseen: of a use that tells nothing of the weight's inputs, the function's name, as "conv_transpose1d".
-    """
-
-    key: tuple[Any, ...]
-    inputs: tuple[Tensor, ...]
-    geometry: tuple[Any, ...] | None = None
-    batch_axis: int | None = None
-    unseen: str = ""
-
-    @property
-    def lookup(self) -> bool:
-        """Whether it is an embedding's, whose inputs are the numbers of rows."""
-        return self.unseen == LOOKUP
+        return Moments(self.H + scale * torch.eye(self.columns).to(self.H), self.count, self.form)
 
 
 class Watch(TorchFunctionMode):
-    """Tells of every use of the given weights: with the inputs in ``F.linear``, a 1d or 2d convolution or an attention
-    layer, by the name of the function in anything else that makes tensors of them.
+    """Tells of every use of the given weights: with the inputs in a product, a convolution, a recurrent or an attention
+    layer, by the name of the function in anything else that makes tensors of them. Views of a weight are no use of it;
+    what is made of them is.
 
     Args:
         weights: to look out for.
-        see: called with the name and the use, before the use.
+        see: called with the name and the use; before the use, where its inputs are the function's.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter], see: Callable[[str, Use], None]) -> None:
@@ -113,29 +97,47 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__deepcopy__:  # of an input, whose memo may name weights
             return func(*args, **kwargs)
-        if func is F.multi_head_attention_forward and any(id(w) in self.names for w in _tensors((args, kwargs))):
+        used = {id(w): w for x in _tensors((args, kwargs)) if (w := self._weight(x)) is not None}
+        if not used:
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        known = None
-        if func in SIGNATURES:
-            bound = SIGNATURES[func].bind(*args, **kwargs)
-            bound.apply_defaults()
-            x, weight, _, *geometry = bound.arguments.values()
-            known = weight if weight.dim() > 1 else None  # a product with a vector has no rows
-            shape = (tuple(weight.shape[2:]), *geometry) if geometry else None
-            self._seen(known, (x,), shape)
-        others = [w for w in _tensors((args, kwargs)) if id(w) in self.names and w is not known]
+        known = self._told(self._uses(func, args, kwargs))
         result = func(*args, **kwargs)
-        made = list(_tensors(result)) if others else []  # nothing, if it only asked for the shape or the like
-        for w in others:
-            if any(x is not w for x in made):
-                self.see(self.names[id(w)], Use((), (), unseen=name_of(func)))
+        if func in RECURRENT:
+            known |= self._told(recurrent.uses(func, args, kwargs, result))
+        made = list(_tensors(result))  # nothing, if it only asked for the shape or the like
+        for w in used.values():
+            if id(w) not in known and any(self._weight(x) is not w for x in made):
+                self.see(self.names[id(w)], Use(name_of(func)))
         return result
 
-    def _seen(self, weight: Any, inputs: tuple[Tensor, ...], geometry: Any = None, **how: Any) -> None:
-        if id(weight) in self.names:
-            inputs = inputs[:1] if all(x is inputs[0] for x in inputs) else inputs
-            identity = tuple((x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version) for x in inputs)
-            self.see(self.names[id(weight)], Use((identity, str(geometry)), inputs, geometry, **how))
+    def _weight(self, x: Tensor) -> Tensor | None:
+        """The weight that a tensor is, or is a view of."""
+        if id(x) in self.names:
+            return x
+        return base if (base := x._base) is not None and id(base) in self.names else None
+
+    def _uses(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Use]]:
+        if func in products.PRODUCTS:
+            yield from products.uses(func, args, kwargs, self._weight)
+        elif func in convolutions.SIGNATURES:
+            yield from convolutions.uses(func, args, kwargs)
+        elif func is F.embedding:
+            bound = LOOK_UP.bind(*args, **kwargs).arguments
+            yield bound["weight"], Use(func.__name__, looked_up=bound["input"])
+        for x in _tensors(list(_added(func, args, kwargs))):
+            if (w := self._weight(x)) is not None:
+                yield w, Use(func.__name__, added=True)
+
+    def _told(self, uses: Iterator[tuple[Tensor, Use]]) -> set[int]:
+        """Tell of uses; of which weights, by ``id``."""
+        known = set()
+        for w, use in uses:
+            if id(w) in self.names:
+                known.add(id(w))
+                self.see(self.names[id(w)], use)
+        return known
 
     def _attention(self, args: Any, kwargs: Any) -> Any:
         """Stock attention, whose projections are no calls of their own: stop it before the last one."""
@@ -145,29 +147,40 @@ class Watch(TorchFunctionMode):
         query, key, value = at["query"], at["key"], at["value"]
         if at["use_separate_proj_weight"]:
             for name, x in (("q_proj_weight", query), ("k_proj_weight", key), ("v_proj_weight", value)):
-                self._seen(at[name], (x,), batch_axis=1)
+                self._projects(at[name], x)
         else:
-            self._seen(at["in_proj_weight"], (query, key, value), batch_axis=1)
+            self._projects(at["in_proj_weight"], query, key, value)
         weight, bias = at["out_proj_weight"], at["out_proj_bias"]
+        self._told((b, Use(F.linear.__name__, added=True)) for b in (at["in_proj_bias"], bias) if b is not None)
         at["out_proj_weight"], at["out_proj_bias"] = torch.eye(len(weight), device=weight.device).to(weight), None
         heads, attention = F.multi_head_attention_forward(*bound.args, **bound.kwargs)
-        self._seen(weight, (heads,), batch_axis=1)
+        self._projects(weight, heads)
         return F.linear(heads, weight, bias), attention
 
-
-def _linear(input: Any, weight: Any, bias: Any = None) -> None: ...
-def _conv(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
-) -> None: ...
+    def _projects(self, weight: Tensor, *inputs: Tensor) -> None:
+        self._told(iter([(weight, dense(F.linear.__name__, inputs, 1))]))
 
 
-SIGNATURES = {
-    F.linear: inspect.signature(_linear),
-    torch.conv1d: inspect.signature(_conv),
-    torch.conv2d: inspect.signature(_conv),
+ATTENTION, LOOK_UP = inspect.signature(F.multi_head_attention_forward), inspect.signature(F.embedding)
+RECURRENT = {*recurrent.LAYERS, *recurrent.CELLS}
+ADD, ADD_ = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (Tensor.add_, Tensor.__iadd__)
+ADDED = {  # place and name of what is added to a product
+    **dict.fromkeys((F.linear, *convolutions.SIGNATURES), (2, "bias")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), (0, "input")),
 }
-ATTENTION = inspect.signature(F.multi_head_attention_forward)
-LOOKUP = F.embedding.__name__
+
+
+def _added(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """The operands of a function that it adds to something."""
+    if func in ADD:
+        yield from (*args, kwargs)
+    elif func in ADD_:
+        yield from args[1:]
+    elif func in ADDED:
+        place, name = ADDED[func]
+        yield args[place] if len(args) > place else kwargs.get(name)
+    elif func in RECURRENT:
+        yield from (x for x in _tensors(args) if x.dim() == 1)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -198,150 +211,47 @@ def no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def columns(use: Use, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int], bool]]:
-    """The inputs as the columns that a weight's rows are multiplied with, in parts: ``[batch, columns, n]``, how many
-    of the n count in each entry of the batch, and whether padding was left out, if there is some. What does not count
-    is zero.
-
-    Args:
-        use: of a weight.
-        valid: what is not padding: the share of each sample, ``[samples]``, behind which all is; or a mask of steps,
-            ``[samples, time]``, which says it of inputs of as many steps alone. Time is the axis between samples and
-            features of a matrix product, and the last axis of a convolution's input.
-    """
-    if use.geometry is not None:
-        yield from _unfolded(use.inputs[0].detach().float(), use.geometry, valid)
-        return
-    rows, known = [x.detach().float() for x in use.inputs], True
-    if valid is not None:
-        kept = [inside(x, valid, use.batch_axis) for x in rows]
-        known = all(mask is not None for mask in kept)
-        rows = [x if mask is None else x[mask] for x, mask in zip(rows, kept, strict=True)]
-    rows = [x.reshape(-1, x.shape[-1]) for x in rows]
-    yield nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), [len(x) for x in rows], known
-
-
-def _unfolded(x: Tensor, geometry: Any, valid: Tensor | None) -> Iterator[tuple[Tensor, list[int], bool]]:
-    """Of a convolution's input."""
-    kernel, stride, padding, dilation, groups = geometry
-    n = len(kernel)
-    x = x[None] if x.dim() == n + 1 else x  # a sample without a batch
-    stride, dilation = (_each(v, n) for v in (stride, dilation))
-    time = x.shape[-1]
-    if padding == "same":
-        sides = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        x = F.pad(x, [side for total in reversed(sides) for side in (total // 2, total - total // 2)])
-    padding = (0,) * n if isinstance(padding, str) else _each(padding, n)
-    if n == 1:
-        x, kernel = x[:, :, None], (1, *kernel)
-        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    width = (x.shape[-1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    told = valid is not None and len(valid) == len(x) and (n == 1 or valid.dim() == 1)  # an image has no steps
-    kept = steps(valid, time, width, x.device) if valid is not None and told else None
-    size = max(1, CHUNK // (x[0].numel() * math.prod(kernel)))
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        images = part.flatten(0, 1).unflatten(0, (-1, x.shape[1] // groups))
-        unfolded = F.unfold(images, kernel, dilation, padding, stride)
-        unfolded = unfolded.unflatten(0, (len(part), groups)).transpose(0, 1)  # [groups, samples, columns, positions]
-        if kept is None:
-            found = unfolded.transpose(1, 2).flatten(2)
-        else:
-            here = kept[start : start + size].repeat(1, unfolded.shape[-1] // width)  # [samples, positions]
-            found = unfolded.transpose(2, 3)[:, here].transpose(1, 2)
-        yield found, [found.shape[2]] * groups, valid is None or kept is not None
-
-
-def _each(value: Any, n: int) -> tuple[int, ...]:
-    """An option of a convolution, of each of its n axes."""
-    return tuple(value) * (n // len(value)) if isinstance(value, (tuple, list)) else (value,) * n
-
-
-def inside(x: Tensor, valid: Tensor, batch_axis: int | None = None) -> Tensor | None:
-    """Which positions of ``x`` ``[..., features]`` are no padding, of its shape without the last axis; None where that
-    cannot be told.
-
-    Args:
-        x: ``[samples, time, ..., features]`` or time first; ``[samples, features]``, all of which count; where
-            ``valid`` is a mask, also ``[samples * time, features]``, and time is the axis of that length, if it is one.
-        valid: as in ``columns``.
-        batch_axis: where the samples are, if that is known.
-    """
-    samples, shape = len(valid), x.shape[:-1]
-    if shape == (samples,):
-        return torch.ones(samples, dtype=torch.bool, device=x.device)
-    if len(shape) == 1 and valid.dim() == 2 and len(x) == valid.numel():
-        return valid.bool().to(x.device).flatten()
-    axes = (0, 1) if batch_axis is None else (batch_axis,)
-    batch_axis = next((axis for axis in axes if len(shape) > 1 and shape[axis] == samples), None)
-    if batch_axis is None:
-        return None
-    others = [axis for axis in range(len(shape)) if axis != batch_axis]
-    if valid.dim() == 2:
-        others = [axis for axis in others if shape[axis] == valid.shape[1]]
-        if len(others) != 1:
-            return None
-    axis = others[0]
-    kept = steps(valid, shape[axis], shape[axis], x.device)
-    assert kept is not None
-    sizes = [n if i in (batch_axis, axis) else 1 for i, n in enumerate(shape)]
-    return (kept if batch_axis < axis else kept.T).reshape(sizes).expand(shape)
-
-
-def steps(valid: Tensor, time: int, width: int, device: torch.device) -> Tensor | None:
-    """Which steps are no padding, ``[samples, width]``; one that is only partly padding counts.
-
-    Args:
-        valid: as in ``columns``.
-        time: steps of a layer's input.
-        width: steps that it makes of them.
-        device: of the result.
-
-    Returns:
-        None for a mask of other steps.
-    """
-    if valid.dim() == 1:
-        ends = (valid.double() * width - ROUNDING).ceil().to(device)
-        return torch.arange(width, device=device) < ends[:, None]
-    if valid.shape[1] != time:
-        return None
-    kept = valid.to(device, torch.float32)
-    return (kept if width == time else F.adaptive_max_pool1d(kept[None], width)[0]) > 0
-
-
 class Accumulator:
     """Sums up ``x xᵀ`` of the uses that a ``Watch`` shows it.
 
     Args:
         name: of the layer, for messages.
         device: that is worked on.
+        form: of the weight, in which uses count; None for that of the first one.
 
     Attributes:
         valid: what is not padding, for the uses to come.
-        lookup: whether one of the uses was an embedding's.
+        lookup: whether it is also looked up, or added.
         padded: whether padding may have been counted, as an input is not of the steps that are known.
+        idle: entries of the batch that see nothing, as experts that no sample is sent to.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.total = name, torch.zeros((), device=device)
+    def __init__(self, name: str, device: torch.device, form: Form | None = None) -> None:
+        self.name, self.total, self.form = name, torch.zeros((), device=device), form
         self.counts = torch.zeros((), dtype=torch.long)
         self.valid: Tensor | None = None
-        self.lookup = self.padded = False
+        self.lookup = self.padded = self.common = False
+        self.idle = 0
 
     def add(self, _: str, use: Use) -> None:
         """One use of the weight."""
-        self.lookup |= use.lookup
-        if use.unseen:
+        self.lookup |= use.looked_up is not None or use.added
+        self.form = use.form if self.form is None and use.columns else self.form
+        if use.columns is None or use.form != self.form:
             return
-        for x, counts, known in columns(use, self.valid):
+        self.common |= use.common
+        for x, counts, known in use.columns(self.valid):
             self.padded |= not known
-            shape = (max([len(x), *self.total.shape[:1]]), x.shape[1], x.shape[1])
+            first, entries = use.entry or (0, len(x))
+            shape = (max([entries, *self.total.shape[:1]]), x.shape[1], x.shape[1])
             if self.total.shape != shape:
                 self.total = self.total.to(x.device, torch.float64).expand(shape).clone()
+            total = self.total[first : first + 1] if use.entry else self.total
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
-                    self.total += part @ part.transpose(1, 2)
-            self.counts = self.counts + torch.tensor(counts)
+                    total += part @ part.transpose(1, 2)
+            after = entries - first - len(counts) if use.entry else 0
+            self.counts = self.counts + torch.tensor([*[0] * first, *counts, *[0] * after])
 
     def moments(self) -> Moments:
         """Their mean, over all processes; ``lookup`` and ``padded`` then count them all, too.
@@ -356,13 +266,18 @@ class Accumulator:
             raise BitfrontError(
                 f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
             )
-        self.total /= self.counts.clamp_min(1).to(self.total)[:, None, None]  # of wide layers, large
-        return Moments(self.total, int(self.counts.max()))
+        counts = self.counts.max().expand(len(self.counts)) if self.common else self.counts.clamp_min(1)
+        self.total /= counts.to(self.total)[:, None, None]  # of wide layers, large
+        idle = (self.counts == 0).to(self.total.device)
+        if self.common and idle.any():  # for which any error is as good as another
+            self.idle, diagonal = int(idle.sum()), self.total.diagonal(dim1=1, dim2=2)
+            diagonal += idle[:, None] * (UNSEEN * diagonal.mean() or 1.0)
+        return Moments(self.total, int(self.counts.max()), self.form or NATURAL)
 
     def _share(self) -> None:
-        known = gathered((self.total.shape, self.counts.shape, self.lookup, self.padded))
-        totals, counts, lookups, paddeds = zip(*known, strict=True)
-        self.lookup, self.padded = any(lookups), any(paddeds)
+        known = gathered((self.total.shape, self.counts.shape, self.lookup, self.padded, self.common))
+        totals, counts, lookups, paddeds, commons = zip(*known, strict=True)
+        self.lookup, self.padded, self.common = any(lookups), any(paddeds), any(commons)
         # Where the layer was not come to, the shape is not known.
         self.total = summed(self.total.double().expand(max(totals, key=lambda shape: (len(shape), shape))))
         self.counts = summed(self.counts.expand(max(counts, key=lambda shape: (len(shape), shape))))

@@ -29,6 +29,7 @@ class Layout:
         dtype: of these.
         rows, table: as in ``Packed``.
         coded: bytes of the entropy-coded widths; 0 where they are bit planes.
+        view, axes: as in ``Packed``.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,8 @@ class Layout:
     rows: int
     table: int
     coded: int
+    view: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, told: Mapping[str, Any], nbytes: int) -> Layout:
@@ -54,11 +57,12 @@ class Layout:
         """
         try:
             (lowest, highest), rest = told["bits"], [told.get(key, 0) for key in ("rows", "table", "coded")]
-            shape, dtype = tuple(told["shape"]), told["dtype"]
-            layout = cls(shape, told["group_size"], lowest, highest, told["scales"], dtype, *rest)
+            shape, size, scales = tuple(told["shape"]), told["group_size"], told["scales"]
+            order = [tuple(told.get(key, ())) for key in ("view", "axes")]
+            layout = cls(shape, size, lowest, highest, scales, told["dtype"], *rest, *order)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a layout of the header is incomplete ({error!r}); the file is damaged") from None
-        whole = (*shape, layout.group_size, lowest, highest, layout.scales, *rest)
+        whole = (*shape, layout.group_size, lowest, highest, layout.scales, *rest, *order[0], *order[1])
         short = len(whole) < DIMENSIONS and all(type(n) is int and n <= 8 * nbytes for n in whole)
         if not short or not layout._holds(nbytes):  # products of long numbers would take minutes
             said = reprlib.repr(dict(told)) if short else "of the header"
@@ -80,9 +84,15 @@ class Layout:
         """Of the tensor."""
         return max(self.rows, 1) * -(-self.columns // self.group_size)
 
+    @property
+    def lines(self) -> int:
+        """As in ``Packed``; 1 of a number."""
+        seen = self.view or self.shape or (1,)
+        return self.rows or seen[self.axes[0] if self.axes else 0]
+
     def _holds(self, nbytes: int) -> bool:
         ranges = (
-            all(n > 0 for n in (*self.shape, self.group_size, self.scales))
+            all(n > 0 for n in (*self.shape, *self.view, self.group_size, self.scales))
             and 1 <= self.lowest <= self.highest <= MAX_BITS
             and self.dtype in DTYPES
             and self.rows >= 0
@@ -91,7 +101,10 @@ class Layout:
         )
         if not ranges or (self.rows and (self.size % self.rows or self.group_size > self.columns)):
             return False
-        if self.table and (not self.shape or self.scales % self.shape[0]):
+        seen = self.view or self.shape
+        if math.prod(seen) != self.size or ((self.axes or self.view) and sorted(self.axes) != [*range(len(seen))]):
+            return False
+        if self.table and (not self.shape or self.scales % self.lines):
             return False
         stored = self.size if self.rows else self.groups * self.group_size  # codes
         return self.groups % self.scales == 0 and stored * self.lowest <= 8 * nbytes

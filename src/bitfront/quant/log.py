@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 EXACT = "embedding"  # a use for which rounding to nearest is the solution: its rows are the outputs
@@ -16,6 +17,12 @@ def blind(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         if not entry["inputs"] and uses != [EXACT]:
             found[entry["name"]] = ", ".join(uses) or "not used on these data"
     return found
+
+
+def blind_share(layers: Sequence[Mapping[str, Any]]) -> float:
+    """How much of all weights these are, 0..1."""
+    found, sizes = blind(layers), {entry["name"]: math.prod(entry["shape"]) for entry in layers}
+    return sum(sizes[name] for name in found) / (sum(sizes.values()) or 1)
 
 
 def partly(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -9,13 +9,14 @@ evaluation is defined by it. As bytes, a tensor is
 
     widths of the groups | codes of all groups of the smallest width | ... of the largest width | lo | span
 
-where codes are bit planes: plane ``i`` holds bit ``i`` of every code. The widths are bit planes too, or ``entropy``'s
-bytes if these are fewer. ``lo`` and ``span`` are floats each, or ``scales``' few bits: bit planes | tops of the rows.
+in the order of ``ordered``, where codes are bit planes: plane ``i`` holds bit ``i`` of every code. The widths are bit
+planes too, or ``entropy``'s bytes if these are fewer. ``lo`` and ``span`` are floats each, or ``scales``' few bits: bit
+planes | tops of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +58,27 @@ def grouped(w: Tensor, group_size: int) -> Tensor:
 def ungrouped(groups: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of ``grouped``: drop the padding of the last group and restore the shape."""
     return groups.reshape(-1)[: shape.numel()].view(shape)
+
+
+def ordered(w: Tensor, view: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """A tensor in the order in which it is stored, where that is not its own: rows, one for each output, that have
+    their inputs together.
+
+    Args:
+        w: any shape.
+        view: the shape that it is seen as, where an axis is cut in several; () for its own.
+        axes: of these, in the order of storage; () for their own.
+    """
+    return w.reshape(tuple(view) or w.shape).permute(*axes) if axes else w
+
+
+def restored(w: Tensor, shape: torch.Size, view: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """The inverse of ``ordered``, of values in any shape."""
+    if not axes:
+        return w.view(shape)
+    seen = tuple(view) or tuple(shape)
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return w.reshape([seen[axis] for axis in axes]).permute(back).reshape(shape).contiguous()
 
 
 def pack(codes: np.ndarray, width: int) -> np.ndarray:
@@ -117,6 +139,7 @@ class Packed:
         rows: where each row is cut into groups by itself and its last group is padded, how many there are; 0 where the
             tensor is cut as a whole. The rows' padding is not stored.
         table: bits in which ``lo`` and ``span``, then float32, are stored; 0 for their own type.
+        view, axes: the order in which the tensor is stored, as in ``ordered``.
     """
 
     codes: Tensor
@@ -126,6 +149,8 @@ class Packed:
     shape: torch.Size
     rows: int = 0
     table: int = 0
+    view: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
     @staticmethod
     def grid(bits: Tensor, lo: Tensor, span: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +191,13 @@ class Packed:
         values = self.codes.float().mul_(step).add_(first)
         if self.rows:
             values = values.view(self.rows, -1)[:, : self.shape.numel() // self.rows]
-        return ungrouped(values, self.shape)
+        return restored(values.reshape(-1)[: self.shape.numel()], self.shape, self.view, self.axes)
+
+    @property
+    def lines(self) -> int:
+        """Rows, each with grids of its own."""
+        seen = self.view or self.shape or (1,)
+        return self.rows or seen[self.axes[0] if self.axes else 0]
 
     def rule_bits(self) -> int:
         """Bits by the papers' size rule: the codes, and two numbers (of 32 bits in the papers) per scale."""
@@ -182,6 +213,8 @@ class Packed:
             "dtype": told(self.lo.dtype),
             **({"rows": self.rows} if self.rows else {}),
             **({"table": self.table} if self.table else {}),
+            **({"view": list(self.view)} if self.view else {}),
+            **({"axes": list(self.axes)} if self.axes else {}),
             **({"coded": len(coded)} if (coded := self._coded()) is not None else {}),
         }
 
@@ -214,7 +247,7 @@ class Packed:
     def scales_bytes(self) -> int:
         """Bytes of ``lo`` and ``span`` in the file."""
         if self.table:
-            return 2 * (packed_bytes(self.lo.numel(), self.table) + 2 * self.shape[0])
+            return 2 * (packed_bytes(self.lo.numel(), self.table) + 2 * self.lines)
         return 2 * self.lo.numel() * self.lo.itemsize
 
     def _offsets(self) -> np.ndarray:
@@ -248,7 +281,7 @@ class Packed:
             parts.append(pack(here.ravel(), width))
         for x in (self.lo.cpu(), self.span.cpu()):
             if self.table:
-                q, tops = coarse(x.view(self.shape[0], -1), self.table)
+                q, tops = coarse(x.view(self.lines, -1), self.table)
                 parts += [pack(q.numpy().ravel(), self.table), tops.ravel().view(torch.uint8).numpy()]
             else:
                 parts.append(x.contiguous().view(torch.uint8).numpy())
@@ -291,7 +324,7 @@ class Packed:
             raise ArtifactError("an entry has scales that are not finite; the file is damaged")
         codes_tensor = torch.from_numpy(codes if at.highest <= 8 else codes.view(np.int16))
         bits_tensor = torch.from_numpy(bits[:1].copy() if at.lowest == at.highest else bits)
-        return cls(codes_tensor, bits_tensor, lo, span, torch.Size(at.shape), at.rows, at.table)
+        return cls(codes_tensor, bits_tensor, lo, span, torch.Size(at.shape), at.rows, at.table, at.view, at.axes)
 
 
 def _codes(
@@ -315,8 +348,8 @@ def _codes(
 def _numbers(take: Callable[[int], np.ndarray], at: Layout) -> Tensor:
     """``lo`` or ``span``, ``[scales]``."""
     if at.table:
-        q = unpack(take(packed_bytes(at.scales, at.table)), at.table, at.scales).reshape(at.shape[0], -1)
-        tops = torch.from_numpy(take(2 * at.shape[0]).copy()).view(torch.float16)
+        q = unpack(take(packed_bytes(at.scales, at.table)), at.table, at.scales).reshape(at.lines, -1)
+        tops = torch.from_numpy(take(2 * at.lines).copy()).view(torch.float16)
         return fine(torch.from_numpy(q), tops[:, None], at.table).view(-1)
     dtype = getattr(torch, at.dtype)
     return torch.from_numpy(take(at.scales * dtype.itemsize).copy()).view(dtype)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.captured import copied
-from bitfront.quant.inputs import Use, Watch
+from bitfront.quant.inputs import Watch
 from bitfront.quant.links import Link, Links
 from bitfront.quant.offload import Offload
 from bitfront.quant.together import gathered, place
 from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.uses import Form, Use, inside
 from bitfront.ranges import Ranges, refuse
 
 
@@ -100,6 +101,9 @@ class Unit:
         blind: names of weights in the block of whose inputs nothing is known.
         unseen: by weight, its uses of whose inputs nothing is known: functions; none, if it is not used at all.
         calls: how often it is called in a forward, at most.
+        forms: by weight whose inputs are known, in which order these are those of its rows.
+        looked_up: by weight that is looked up, or added, and of whose inputs nothing else is known, how often each row
+            is, ``[rows]``.
         uses: by weight, how often a call of the block that uses it does; 0 where they differ.
         time_last: whether its output is ``[samples, channels, ..., time]``, as a convolution at its end leaves it.
         link: from the block before, if its inputs come of that one's.
@@ -110,9 +114,16 @@ class Unit:
     blind: list[str]
     unseen: dict[str, list[str]]
     calls: int = 1
+    forms: dict[str, Form] = field(default_factory=dict)
+    looked_up: dict[str, Tensor] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
     time_last: bool = False
     link: Link | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all weights."""
+        return [*(name for stage in self.stages for name in stage), *self.looked_up, *self.blind]
 
 
 def blocks(network: nn.Module) -> list[str]:
@@ -147,8 +158,9 @@ class _Seen:
     Attributes:
         calls: of each block, how often a forward calls it at most.
         homes: of each weight, the blocks that it is used in.
-        inputs: of each weight, what the inputs of its uses are known by.
-        unseen: of each weight, the functions of its other uses.
+        inputs: of each weight and form, what the inputs of its uses are known by.
+        functions: of each weight and form, the functions of these; None for those of whose inputs nothing is known.
+        looked_up: of each weight that is, how often each row, ``[rows]``.
         uses: of each weight, how many there are by batch, block and call, in this process's forwards.
         time_last: of each block, whether its last use is that of a convolution.
         first: by weight or block, a number that rises with time.
@@ -159,8 +171,9 @@ class _Seen:
         self.modules, self.weights, self.inside = modules, weights, [""]
         self.calls: Counter[str] = Counter()
         self.homes: dict[str, set[str]] = {name: set() for name in weights}
-        self.inputs: dict[str, set[Any]] = {name: set() for name in weights}
-        self.unseen: dict[str, list[str]] = {name: [] for name in weights}
+        self.inputs: dict[str, dict[Form, set[Any]]] = {name: {} for name in weights}
+        self.functions: dict[str, dict[Form | None, list[str]]] = {name: {} for name in weights}
+        self.looked_up: dict[str, Tensor] = {}
         self.uses: dict[str, Counter[Any]] = {name: Counter() for name in weights}
         self.time_last: dict[str, bool] = {}
         self.first: dict[str, int] = {}
@@ -178,6 +191,7 @@ class _Seen:
         try:
             for self.batch, batch in enumerate(data.batches):
                 links.begin()
+                self.valid = data.valid(batch)
                 self.alive: list[list[Any]] = [[]]  # tensors that are known by their address, of each block we are in
                 self.called: Counter[str] = Counter()
                 with torch.no_grad(), Watch(self.weights, self._see):
@@ -194,15 +208,21 @@ class _Seen:
 
     def _share(self) -> None:
         """As if the batches of one process came after those of the other."""
-        everyone = gathered((self.calls, self.homes, self.inputs, self.unseen, self.time_last, self.first))
-        self.unseen, self.first = {name: [] for name in self.weights}, {}
-        for calls, homes, inputs, unseen, time_last, first in everyone:
+        own = self.calls, self.homes, self.inputs, self.functions, self.looked_up, self.time_last, self.first
+        everyone = gathered(own)
+        self.functions, self.looked_up, self.first = {name: {} for name in self.weights}, {}, {}
+        for calls, homes, inputs, functions, looked_up, time_last, first in everyone:
             self.calls |= calls
             self.time_last |= time_last
             for name in self.weights:
                 self.homes[name] |= homes[name]
-                self.inputs[name] |= inputs[name]
-                self.unseen[name] += [kind for kind in unseen[name] if kind not in self.unseen[name]]
+                for form, keys in inputs[name].items():
+                    self.inputs[name].setdefault(form, set()).update(keys)
+                for kind_of, kinds in functions[name].items():
+                    known = self.functions[name].setdefault(kind_of, [])
+                    known += [kind for kind in kinds if kind not in known]
+            for name, counts in looked_up.items():
+                self.looked_up[name] = self.looked_up.get(name, 0) + counts
             for name in first:
                 self.first.setdefault(name, len(self.first))
 
@@ -216,6 +236,22 @@ class _Seen:
         keys = (name, self.owners.get(id(self.weights[name])))
         return min((self.first[key] for key in keys if key in self.first), default=-1), self.first.get(name, -1)
 
+    def form(self, name: str) -> Form | None:
+        """The order of a weight in which its inputs are those of its rows, its own if it has that in one of its uses;
+        None if nothing is known of any."""
+        return min(self.inputs[name], default=None)
+
+    def told(self, name: str) -> tuple[Form | None, set[Any]]:
+        """The form of a weight, and what its inputs are known by."""
+        form = self.form(name)
+        return form, self.inputs[name][form] if form else set()
+
+    def unseen(self, name: str) -> list[str]:
+        """The functions of the uses of a weight of whose inputs nothing is known, or that have another form."""
+        chosen = self.form(name)
+        every = (kinds for form, kinds in self.functions[name].items() if form is None or form != chosen)
+        return list(dict.fromkeys(kind for kinds in every for kind in kinds))
+
     def often(self, name: str, block: str) -> int:
         """How often a call of its block, or a forward if it has none, uses a weight; 0 where that differs."""
         counts: Counter[Any] = Counter()
@@ -226,7 +262,7 @@ class _Seen:
     def unit(self, block: str) -> Unit:
         """A block, still empty."""
         time_last, link = self.time_last.get(block, False), self.links.get(block)
-        return Unit(block, [], [], {}, self.calls[block], {}, time_last, link)
+        return Unit(block, [], [], {}, self.calls[block], time_last=time_last, link=link)
 
     def _entered(self, name: str) -> None:
         self.inside.append(name)
@@ -242,14 +278,28 @@ class _Seen:
         self.homes[name].add(self.inside[-1])
         self.uses[name][self.batch, self.inside[-1], self.called[self.inside[-1]]] += 1
         self.first.setdefault(name, len(self.first))
-        if not use.lookup:
-            self.time_last[self.inside[-1]] = use.geometry is not None or use.unseen.startswith("conv")
-        if not use.unseen:
+        if use.looked_up is None:
+            self.time_last[self.inside[-1]] = use.function.startswith("conv")
+        if use.looked_up is not None or use.added:
+            self._look_up(name, use.looked_up)
+            return
+        if use.columns:
             self.alive[-1].append(use.inputs)
             block = self.inside[-1]  # in another call, or process, another tensor may have the address
-            self.inputs[name].add((place(), self.batch, block, self.called[block], use.key))
-        elif use.unseen not in self.unseen[name]:
-            self.unseen[name].append(use.unseen)
+            key = place(), self.batch, block, self.called[block], use.key
+            self.inputs[name].setdefault(use.form, set()).add(key)
+        kinds = self.functions[name].setdefault(use.form if use.columns else None, [])
+        if use.function not in kinds:
+            kinds.append(use.function)
+
+    def _look_up(self, name: str, rows: Tensor | None) -> None:
+        """Rows of a weight, or all of them once."""
+        counts = torch.ones(len(self.weights[name]), dtype=torch.long)
+        if rows is not None:
+            kept = inside(rows[..., None], self.valid) if self.valid is not None else None
+            found = rows if kept is None else rows[kept]
+            counts = torch.bincount(found.flatten().cpu(), minlength=len(counts))
+        self.looked_up[name] = self.looked_up.get(name, 0) + counts
 
 
 def shared(network: nn.Module) -> dict[int, Any]:
@@ -266,13 +316,18 @@ def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
     for name in sorted(weights, key=seen.start):
         block = seen.home(name)
         unit = units.setdefault(block or (name if seen.homes[name] else ""), seen.unit(block))
-        alike = (stage for stage in unit.stages if seen.inputs[name] == seen.inputs[stage[0]])
+        alike = (stage for stage in unit.stages if seen.told(name) == seen.told(stage[0]))
         unit.uses[name] = seen.often(name, block)
-        if seen.unseen[name] or not seen.homes[name]:
-            unit.unseen[name] = seen.unseen[name]
-        if not seen.inputs[name]:
-            unit.blind.append(name)
-        elif (stage := next(alike, None)) is not None:
+        if (unseen := seen.unseen(name)) or not seen.homes[name]:
+            unit.unseen[name] = unseen
+        if (form := seen.form(name)) is None:
+            if name in seen.looked_up:
+                unit.looked_up[name] = seen.looked_up[name]
+            else:
+                unit.blind.append(name)
+            continue
+        unit.forms[name] = form
+        if (stage := next(alike, None)) is not None:
             stage.append(name)
         else:
             unit.stages.append([name])

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from bitfront.quant.blockwise import norm_parameters
 from bitfront.quant.captured import Captured, copied
-from bitfront.quant.inputs import Use
 from bitfront.quant.offload import Offload
 from bitfront.quant.plan import Calibration, Unit, shared
 from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.uses import Use
 
 
 def forward(network: nn.Module, unit: Unit, data: Calibration, rest: Offload, captured: Captured) -> Any:
@@ -80,7 +80,7 @@ class Exact(Route):
         """Note the weights and norms of a block that is about to change."""
         block = self.network.get_submodule(unit.block)
         norms = [f"{unit.block}.{name}" if unit.block else name for name, _ in norm_parameters(block)]
-        for name in (*(name for stage in unit.stages for name in stage), *unit.blind, *norms):
+        for name in (*unit.names, *norms):
             p = self.network.get_parameter(name)
             copy = p.detach().clone()
             self.kept[name] = self.rest.stays(copy) if p in self.rest.away else copy
@@ -123,9 +123,8 @@ def until(n: int, see: Callable[[str, Use], None]) -> Callable[[str, Use], None]
 
 def of_unit(network: nn.Module, unit: Unit) -> set[nn.Parameter]:
     """The parameters that are at work with it."""
-    names = {name for stage in unit.stages for name in stage} | set(unit.blind)
     inside = network.get_submodule(unit.block).parameters() if unit.block else ()
-    return {*inside, *(network.get_parameter(name) for name in names)}
+    return {*inside, *(network.get_parameter(name) for name in unit.names)}
 
 
 def capture(network: nn.Module, unit: Unit, data: Calibration, rest: Offload) -> list[Captured]:

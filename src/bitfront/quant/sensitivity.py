@@ -103,5 +103,5 @@ def error(quantized: Tensor, w: Tensor, inputs: Moments | None) -> float:
     difference = (quantized - w).float()
     if inputs is None:
         return difference.double().square().sum().item()
-    rows = difference.reshape(inputs.batch, -1, inputs.columns)
+    rows = inputs.rows(difference)
     return ((rows @ inputs.H.float()) * rows).sum(dtype=torch.float64).item()

@@ -25,11 +25,12 @@ from bitfront.quant.core import WIDTHS, FixedBits, Method
 from bitfront.quant.decoupleq import fitted_range
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import MB
-from bitfront.quant.packed import Packed
+from bitfront.quant.packed import Packed, ordered
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.sensitivity import error, gradients, price
 from bitfront.quant.together import together
 from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.uses import Form
 
 M = TypeVar("M", bound=Method)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
@@ -104,16 +105,16 @@ def _tried(
 ) -> dict[str, Tried]:
     felt = gradients(network, weights, data)
     found: dict[str, Tried] = {}
-    stages, blind = _stages(network, weights, data)
+    forms, stages, others = _stages(network, weights, data)
     bar = Bar(weights, desc="trying widths", unit="tensor")
-    for part in _parts(stages, weights):
-        for stage, sums in zip(part, _summed(network, part, weights, data), strict=True):
+    for part in _parts(stages, weights, forms):
+        for stage, sums in zip(part, _summed(network, part, weights, data, forms), strict=True):
             moments = sums.moments()
             for name in stage:
                 own = moments.with_lookup(weights[name].detach()) if sums.lookup else moments
                 found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
-    for name in blind:
+    for name in others:
         found[name] = _at_all_widths(method, name, weights[name], None, felt[name])
         bar.update()
     bar.close()
@@ -122,17 +123,22 @@ def _tried(
 
 def _stages(
     network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
-) -> tuple[list[list[str]], list[str]]:
+) -> tuple[dict[str, Form], list[list[str]], list[str]]:
     units = plan(network, weights, data)
-    return [stage for unit in units for stage in unit.stages], [name for unit in units for name in unit.blind]
+    forms = {name: form for unit in units for name, form in unit.forms.items()}
+    others = [name for unit in units for name in (*unit.looked_up, *unit.blind)]
+    return forms, [stage for unit in units for stage in unit.stages], others
 
 
-def _parts(stages: Sequence[list[str]], weights: Mapping[str, Tensor]) -> Iterator[list[list[str]]]:
+def _parts(
+    stages: Sequence[list[str]], weights: Mapping[str, Tensor], forms: Mapping[str, Form]
+) -> Iterator[list[list[str]]]:
     """Stages whose second moments may be in memory together."""
     part: list[list[str]] = []
     held = 0
     for stage in stages:
-        size = 8 * weights[stage[0]][0].numel() ** 2
+        form = forms[stage[0]]
+        size = 8 * ordered(weights[stage[0]], form.view, form.axes)[0].numel() ** 2  # or less, of a batch
         if part and held + size > HELD:
             yield part
             part, held = [], 0
@@ -144,10 +150,14 @@ def _parts(stages: Sequence[list[str]], weights: Mapping[str, Tensor]) -> Iterat
 
 @torch.no_grad()
 def _summed(
-    network: nn.Module, stages: Sequence[list[str]], weights: dict[str, nn.Parameter], data: Calibration
+    network: nn.Module,
+    stages: Sequence[list[str]],
+    weights: dict[str, nn.Parameter],
+    data: Calibration,
+    forms: Mapping[str, Form],
 ) -> list[Accumulator]:
     """What the layers of each stage see in the float network."""
-    sums = {stage[0]: Accumulator(stage[0], weights[stage[0]].device) for stage in stages}
+    sums = {stage[0]: Accumulator(stage[0], weights[stage[0]].device, forms[stage[0]]) for stage in stages}
     with undisturbed(network):
         for batch in data.batches:
             valid = data.valid(batch)
@@ -165,7 +175,8 @@ def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moment
     found = Tried([], [], [], error(torch.zeros_like(v), v, inputs), price(v, gradient, inputs))
     set_already = method.settings(name).keys()
     widths = (own.bits,) if "bits" in set_already else WIDTHS
-    for form in own.forms(v) if not {"group_size", "scale_bits"} & set_already else [{}]:
+    rows = v if inputs is None else inputs.rows(v).flatten(0, 1)
+    for form in own.forms(rows) if not {"group_size", "scale_bits"} & set_already else [{}]:
         for bits in widths:
             packed, decoded = _solved(replace(own, bits=bits, **form), v, inputs)
             found.settings.append({"bits": bits, **form})

@@ -53,7 +53,7 @@ class Builder:
         self.graph, self.before, self._count = graph, next(iter(graph), None), 0
         self._shared: dict[tuple[object, ...] | None, ir.Value] = {}
 
-    def node(self, kind: str, *inputs: ir.Value, domain: str = "", **attributes: int) -> ir.Value:
+    def node(self, kind: str, *inputs: ir.Value, domain: str = "", **attributes: int | list[int]) -> ir.Value:
         """The output of a new node."""
         node = ir.node(kind, inputs, attributes, domain=domain, outputs=[ir.Value(name=self._name())])
         if self.before is None:
@@ -119,6 +119,10 @@ def weight(build: Builder, packed: Packed) -> ir.Value:
     if codes.size != size:  # padding, of the last group or of each row's
         values = build.node("Reshape", values, build.integers(rows, -1))
         values = build.node("Slice", values, build.integers(0), build.integers(size // rows), build.integers(1))
+    if packed.axes:
+        seen = packed.view or packed.shape
+        values = build.node("Reshape", values, build.integers(*(seen[axis] for axis in packed.axes)))
+        values = build.node("Transpose", values, perm=np.argsort(packed.axes).tolist())
     return build.node("Reshape", values, build.integers(*packed.shape))
 
 
@@ -126,7 +130,7 @@ def _numbers(build: Builder, x: Tensor, packed: Packed) -> ir.Value:
     """``lo`` or ``span``, ``[scales, 1, 1]``, as few bits where the tensor has them so."""
     if not packed.table:
         return build.floats(x[:, None, None])
-    q, tops = coarse(x.cpu().view(packed.shape[0], -1), packed.table)
+    q, tops = coarse(x.cpu().view(packed.lines, -1), packed.table)
     share = build.node("Div", build.cast(build.codes(q.numpy(), packed.table)), build.constant(LARGEST[packed.table]))
     return build.node("Reshape", build.node("Mul", share, build.floats(tops)), build.integers(-1, 1, 1))
 
@@ -177,7 +181,7 @@ class Blocks:
     def of(cls, packed: Packed) -> Blocks | None:
         """None where the operator cannot have them: groups of other sizes, widths that differ or are too large."""
         widths = packed.bits.unique().tolist()
-        if len(packed.shape) != 2 or len(widths) > 1 or widths[0] > 8:
+        if len(packed.shape) != 2 or packed.axes or len(widths) > 1 or widths[0] > 8:
             return None
         (rows, columns), scales = packed.shape, packed.lo.numel()
         along = packed.codes.numel() // scales  # values that share a scale
