@@ -37,6 +37,7 @@ BORN: dict[str, Any] = {
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
     "quant.between": 0,
+    "quant.hessian": "inputs",
     "quant.raw_dtype": "float32",
     "task.train_data": [],
     "task.test_tokens": 0,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +26,9 @@ from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuning, floats, norm_parameters
 from bitfront.quant.captured import Captured
 from bitfront.quant.core import Method, Sampled, check
+from bitfront.quant.felt import Felt, Pass, Sums, felt
 from bitfront.quant.frozen import Frozen
-from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.inputs import Moments, Watch, no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.offload import Offload
@@ -34,7 +36,7 @@ from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
 from bitfront.quant.route import Exact, Reached, Route, forward, of_unit, until
 from bitfront.quant.states import States, fingerprint
-from bitfront.quant.together import check_alike, together
+from bitfront.quant.together import check_alike, place, together
 from bitfront.quant.undisturbed import undisturbed
 from bitfront.ranges import Ranges
 
@@ -81,6 +83,11 @@ class PostTraining(Sampled):
     def calibrates(self) -> bool:
         """Whether it goes through the network's blocks."""
         return self.sees_inputs or self.tunes
+
+    @property
+    def feels(self) -> bool:
+        """Whether what a layer sees counts as much as the block's output feels it; else all of it alike."""
+        return False
 
     @property
     def tunes(self) -> bool:
@@ -277,6 +284,8 @@ def quantize_block(
     with here.rest.at_work(of_unit(here.network, unit)):
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
         wanted, seed, last = [targets[c.of] for c in common], here.data.seed + n, len(unit.stages) - 1
+        if method.feels:
+            work.feel(inputs, seed)
         for i, stage in enumerate(unit.stages):
             work.solve_stage(stage, inputs)
             if work.tuned and i < last and method.between:
@@ -299,6 +308,7 @@ class _Block:
     Attributes:
         tuned: whether the block-wise stage follows.
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
+        felt: what of the layers' inputs counts; nothing, if all does alike.
     """
 
     def __init__(self, here: Route, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter]) -> None:
@@ -308,6 +318,7 @@ class _Block:
         self.packed: dict[str, Packed] = {}
         self.layers: list[dict[str, Any]] = []
         self.norms: dict[str, Tensor] = {}
+        self.felt: Felt = {}
 
     def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
         """Quantize the layers that share an input."""
@@ -315,19 +326,41 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
-        sums = Accumulator(stage[0], self.here.rest.device, self.unit.forms[stage[0]])
-        with undisturbed(self.network):
+        for alike in [[name] for name in stage] if self.felt else [stage]:
+            first = alike[0]
+            sums = Sums(first, self.here.rest.device, self.unit.forms[first], self.felt.get(first))
+            with undisturbed(self.network):
+                for captured in inputs:
+                    sums.begin(captured.of[0], captured.valid)
+                    add = until(self.unit.uses[first], sums.add)
+                    with suppress(Reached), Watch({first: self.weights[first]}, add):
+                        forward(self.network, self.unit, self.here.data, self.here.rest, captured)
+            moments, as_felt = sums.moments()
+            seen = sums.plain
+            about = {"padding": "counted"} if seen.padded else {}
+            about |= {"hessian": "inputs"} if self.felt and not as_felt else {}
+            idle = [f"{seen.idle} of its {moments.batch} entries not used on these data"] if seen.idle else []
+            for name in alike:
+                own = moments.with_lookup(self.weights[name].detach()) if seen.lookup else moments
+                self.solve(name, own, idle, **about)
+
+    def feel(self, inputs: list[Captured], seed: int) -> None:
+        """See what of the layers' inputs the output of the block, still float, feels."""
+        network, unit, found = self.network, self.unit, list[Tensor]()
+        weights = {name: self.weights[name] for stage in unit.stages for name in stage}
+
+        def passes() -> Iterator[Pass]:
             for captured in inputs:
-                sums.valid = captured.valid
-                add = until(self.unit.uses[stage[0]], sums.add)
-                with suppress(Reached), Watch({stage[0]: self.weights[stage[0]]}, add):
-                    forward(self.network, self.unit, self.here.data, self.here.rest, captured)
-        moments = sums.moments()
-        about = {"padding": "counted"} if sums.padded else {}
-        idle = [f"{sums.idle} of its {moments.batch} entries not used on these data"] if sums.idle else []
-        for name in stage:
-            own = moments.with_lookup(self.weights[name].detach()) if sums.lookup else moments
-            self.solve(name, own, idle, **about)
+                found.clear()
+                yield captured.of[0], captured.valid, partial(forward, network, unit, self.here.data, rest, captured)
+
+        rest, generator = self.here.rest, torch.Generator().manual_seed(seed + place()[0])
+        hook = self.block.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
+        try:
+            with undisturbed(network):
+                self.felt = felt(weights, passes(), lambda: found, generator)
+        finally:
+            hook.remove()
 
     def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
         """Quantize one layer, of which a part may be idle."""

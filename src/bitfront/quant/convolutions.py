@@ -54,7 +54,9 @@ def uses(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Use]]:
     if SIGNATURES[func] is PLAIN:
         shape = (tuple(weight.shape[2:]), *geometry)
         key = (identity(x), str(shape))  # which layers of other channels share
-        yield weight, Use(func.__name__, key, (x,), lambda valid: unfolded(x.detach().float(), shape, valid))
+        columns = lambda valid: unfolded(x.detach().float(), shape, valid)  # noqa: E731
+        felt = lambda power, valid: _felt(power, shape, x.shape[-1], valid)  # noqa: E731
+        yield weight, Use(func.__name__, key, (x,), columns, felt=felt)
         return
     problem = Transposed(weight.shape, *geometry)
     yield (
@@ -93,6 +95,17 @@ def unfolded(x: Tensor, geometry: Any, valid: Tensor | None) -> Parts:
             here = kept[start : start + size].repeat(1, found.shape[-1] // width)  # [samples, positions]
             found = found.transpose(2, 3)[:, here].transpose(1, 2)
         yield found, [found.shape[2]] * groups, valid is None or kept is not None
+
+
+def _felt(power: Tensor, geometry: Any, time: int, valid: Tensor | None) -> Tensor:
+    """``Use.felt`` of the output of a convolution whose input has so many steps."""
+    kernel, *_, groups = geometry
+    n = len(kernel)
+    power = power[None] if power.dim() == n + 1 else power
+    if valid is not None and valid.dim() == 2:
+        valid = steps(valid, time, power.shape[-1], power.device)
+    alone = ((1,) * n, 1, 0, 1, groups)
+    return torch.cat([p for p, _, _ in unfolded(power.unflatten(1, (groups, -1)).mean(2), alone, valid)], 2)[:, 0]
 
 
 def _kept(x: Tensor, valid: Tensor | None, n: int, time: int, width: int) -> Tensor | None:

@@ -7,7 +7,7 @@ functional calls need no special module, and no architecture is known by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,11 +87,17 @@ class Watch(TorchFunctionMode):
     Args:
         weights: to look out for.
         see: called with the name and the use; before the use, where its inputs are the function's.
+        after: called with the name, a use that has ``felt`` and the function's output; gives what takes its place.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], see: Callable[[str, Use], None]) -> None:
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        see: Callable[[str, Use], None],
+        after: Callable[[str, Use, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.names, self.see = {id(w): name for name, w in weights.items()}, see
+        self.names, self.see, self.after = {id(w): name for name, w in weights.items()}, see, after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +136,13 @@ class Watch(TorchFunctionMode):
             if (w := self._weight(x)) is not None:
                 yield w, Use(func.__name__, added=True)
 
-    def _told(self, uses: Iterator[tuple[Tensor, Use]]) -> set[int]:
+    def _replaced(self, uses: Iterable[tuple[Tensor, Use]], result: Any) -> Any:
+        for w, use in uses:
+            if self.after and use.felt and id(w) in self.names:
+                result = self.after(self.names[id(w)], use, result)
+        return result
+
+    def _told(self, uses: Iterable[tuple[Tensor, Use]]) -> set[int]:
         """Tell of uses; of which weights, by ``id``."""
         known = set()
         for w, use in uses:
@@ -144,21 +156,33 @@ class Watch(TorchFunctionMode):
         bound = ATTENTION.bind(*args, **kwargs)
         bound.apply_defaults()
         at = bound.arguments
-        query, key, value = at["query"], at["key"], at["value"]
+        query, key, value, biases = at["query"], at["key"], at["value"], at["in_proj_bias"]
         if at["use_separate_proj_weight"]:
             for name, x in (("q_proj_weight", query), ("k_proj_weight", key), ("v_proj_weight", value)):
                 self._projects(at[name], x)
         else:
-            self._projects(at["in_proj_weight"], query, key, value)
+            uses = self._projects(at["in_proj_weight"], query, key, value)
+            if self.after and query is key is value:
+                at |= self._projected(at["in_proj_weight"], at["in_proj_bias"], query, uses)
         weight, bias = at["out_proj_weight"], at["out_proj_bias"]
-        self._told((b, Use(F.linear.__name__, added=True)) for b in (at["in_proj_bias"], bias) if b is not None)
+        self._told((b, Use(F.linear.__name__, added=True)) for b in (biases, bias) if b is not None)
         at["out_proj_weight"], at["out_proj_bias"] = torch.eye(len(weight), device=weight.device).to(weight), None
         heads, attention = F.multi_head_attention_forward(*bound.args, **bound.kwargs)
-        self._projects(weight, heads)
-        return F.linear(heads, weight, bias), attention
+        uses = self._projects(weight, heads)
+        return self._replaced(uses, F.linear(heads, weight, bias)), attention
 
-    def _projects(self, weight: Tensor, *inputs: Tensor) -> None:
-        self._told(iter([(weight, dense(F.linear.__name__, inputs, 1))]))
+    def _projects(self, weight: Tensor, *inputs: Tensor) -> list[tuple[Tensor, Use]]:
+        uses = [(weight, dense(F.linear.__name__, inputs, 1))]
+        self._told(uses)
+        return uses
+
+    def _projected(self, weight: Tensor, bias: Tensor | None, x: Tensor, uses: Any) -> dict[str, Any]:
+        """Arguments of stock attention with the projection of its input done before."""
+        parts = self._replaced(uses, F.linear(x, weight, bias)).chunk(3, -1)
+        eye = torch.eye(x.shape[-1], device=x.device).to(x)
+        weights = {"in_proj_weight": None, **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), eye)}
+        inputs = dict(zip(("query", "key", "value"), parts, strict=True))
+        return inputs | weights | {"use_separate_proj_weight": True, "in_proj_bias": None}
 
 
 ATTENTION, LOOK_UP = inspect.signature(F.multi_head_attention_forward), inspect.signature(F.embedding)

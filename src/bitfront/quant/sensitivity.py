@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.quant.blockwise import floats
+from bitfront.quant.felt import probe
 from bitfront.quant.inputs import Moments
 from bitfront.quant.plan import Calibration
 from bitfront.quant.together import gathered, place
@@ -72,12 +73,7 @@ def _of_batch(
     recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):
         data.forward(network, batch)
-        probed = torch.zeros(())
-        for output in found:
-            if output.requires_grad:
-                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-                power = output.detach().float().square().mean().clamp_min(1e-30)
-                probed = probed.to(output.device) + (output * signs).float().sum() * power.rsqrt()
+        probed = probe(found, generator)
         if not probed.requires_grad:
             return {}
         grads = torch.autograd.grad(probed, list(weights.values()), allow_unused=True)

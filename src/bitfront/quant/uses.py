@@ -16,6 +16,8 @@ from bitfront.quant.packed import ordered
 
 ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
 
+ROWS_LAST = (F.linear.__name__, torch.addmm.__name__)  # functions whose output has a weight's rows as its last axis
+
 Parts = Iterator[tuple[Tensor, list[int], bool]]
 Columns = Callable[[Tensor | None], Parts]
 
@@ -64,6 +66,9 @@ class Use:
         common: whether the entries of a batch count by how much they see; else each for itself.
         looked_up: of an embedding, the numbers of rows: each of them is an output.
         added: whether it is added to something, so that its values are an output themselves.
+        felt: of the squared gradient of the function's output, the mean over the rows for each of the columns,
+            ``[batch, n]``, all parts of ``columns`` together; it takes what is not padding, too. None where rows are
+            not the output's last axis, or a convolution's channels.
     """
 
     function: str
@@ -75,6 +80,7 @@ class Use:
     common: bool = False
     looked_up: Tensor | None = None
     added: bool = False
+    felt: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
 
 def identity(*inputs: Tensor) -> Any:
@@ -99,8 +105,13 @@ def dense(
     def columns(valid: Tensor | None) -> Parts:
         return flat(inputs, None if whole else valid, batch_axis)
 
+    def felt(power: Tensor, valid: Tensor | None) -> Tensor:
+        parts = flat((power.mean(-1, keepdim=True),), None if whole else valid, batch_axis)
+        return torch.cat([part for part, _, _ in parts], 2)[:, 0]
+
     key = identity(*inputs), about.get("form", NATURAL), about.get("entry")
-    return Use(function, key, inputs, columns, **about)
+    known = len(inputs) == 1 and about.get("entry") is None and function in ROWS_LAST
+    return Use(function, key, inputs, columns, felt=felt if known else None, **about)
 
 
 def flat(inputs: Sequence[Tensor], valid: Tensor | None, batch_axis: int | None = None) -> Parts:

@@ -1,0 +1,128 @@
+"""How much each input of a layer counts: the squared gradient, at the layer's output, of a later output times random
+signs, whose mean is what an error there costs that output (Hutchinson). With it, the layer's problem has
+
+    H = (1 - f) c E[s x xᵀ] + f E[x xᵀ],      s = mean over the layer's outputs of (d probe / d output)²
+
+with c such that both have the same trace (GuidedQuant, arXiv 2505.07004, with one group of outputs, the block's output
+in the place of the loss, and a floor, so that what this probe does not feel still counts).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.inputs import Accumulator, Moments, Watch
+from bitfront.quant.together import gathered
+from bitfront.quant.uses import Form, Parts, Use
+
+FLOOR = 0.1  # share of H in which all inputs count alike
+Pass = tuple[int, Tensor | None, Callable[[], Any]]  # number of the batch, what is not padding, the forward
+Felt = dict[str, dict[int, list[Tensor]]]  # by weight and batch, of its uses in their order: ``Use.felt``
+
+
+def felt(
+    weights: dict[str, nn.Parameter],
+    passes: Iterable[Pass],
+    outputs: Callable[[], Sequence[Tensor]],
+    generator: torch.Generator,
+) -> Felt:
+    """What of the inputs of layers counts, for some outputs.
+
+    Args:
+        weights: of the layers.
+        passes: forwards.
+        outputs: what came of the last one, without padding; each counts by its power.
+        generator: of the signs.
+
+    Returns:
+        Nothing for a use whose output cannot be told from the function's (``Use.felt``).
+    """
+    found: Felt = {name: defaultdict(list) for name in weights}
+    for n, valid, run in passes:
+        seen: list[tuple[str, Use, Tensor]] = []
+
+        def after(name: str, use: Use, output: Tensor, seen: list[Any] = seen) -> Tensor:
+            seen.append((name, use, output if output.requires_grad else output.detach().requires_grad_()))
+            return seen[-1][2].clone()  # what follows may write to it
+
+        with torch.enable_grad(), Watch(weights, lambda *_: None, after):
+            run()
+            probed = probe(outputs(), generator)
+        known = [x for _, _, x in seen] if probed.requires_grad else []
+        grads = torch.autograd.grad(probed, known, allow_unused=True) if known else [None] * len(seen)
+        for (name, use, x), g in zip(seen, grads, strict=True):
+            assert use.felt is not None
+            power = torch.zeros_like(x) if g is None else g
+            found[name][n].append(use.felt(power.detach().float().square(), valid).cpu())
+    return found
+
+
+def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """The sum of outputs times random signs, each relative to the root of its power: a scalar."""
+    total = torch.zeros(())
+    for output in outputs:
+        if output.requires_grad:
+            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+            power = output.detach().float().square().mean().clamp_min(1e-30)
+            total = total.to(output.device) + (output * signs).float().sum() * power.rsqrt()
+    return total
+
+
+class Sums:
+    """The second moments of a layer's inputs, each of which counts as much as it is felt, if that is known of all.
+
+    Args:
+        name, device, form: as of an ``Accumulator``.
+        felt: of the layer; None if all inputs count alike.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device, form: Form | None, felt: dict[int, list[Tensor]] | None
+    ) -> None:
+        self.plain, self.scaled = (Accumulator(name, device, form) for _ in range(2))
+        self.felt = None if felt is None else {n: iter(uses) for n, uses in felt.items()}
+
+    def begin(self, n: int, valid: Tensor | None) -> None:
+        """The uses to come are of the n-th batch, whose passes come in their order."""
+        self.batch, self.plain.valid, self.scaled.valid = n, valid, valid
+
+    def add(self, name: str, use: Use) -> None:
+        """One use of the weight."""
+        self.plain.add(name, use)
+        if self.felt is not None and use.felt and (felt := next(self.felt.get(self.batch, iter(())), None)) is not None:
+            self.scaled.add(name, _scaled(use, felt))
+
+    def moments(self) -> tuple[Moments, bool]:
+        """Of all processes, and whether they are as felt.
+
+        Raises:
+            BitfrontError: an input was not finite, or there was none.
+        """
+        alike = self.plain.moments()
+        if self.felt is None or not any(gathered(bool(self.scaled.counts.any()))):
+            return alike, False
+        counted = self.scaled.moments()
+        if not torch.equal(self.scaled.counts, self.plain.counts):
+            return alike, False
+        power, felt = (m.H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (alike, counted))
+        share = torch.where(felt > 0, (1 - FLOOR) * power / felt, 0.0)
+        return replace(alike, H=share * counted.H + torch.where(felt > 0, FLOOR, 1.0) * alike.H), True
+
+
+def _scaled(use: Use, felt: Tensor) -> Use:
+    """With inputs such that each counts so much in ``x xᵀ``."""
+
+    def columns(valid: Tensor | None) -> Parts:
+        assert use.columns is not None
+        at = 0
+        for x, counts, known in use.columns(valid):
+            yield x * felt[:, None, at : at + x.shape[2]].to(x).sqrt(), counts, known
+            at += x.shape[2]
+
+    return replace(use, columns=columns)
