@@ -21,7 +21,7 @@ from bitfront.errors import BitfrontError
 from bitfront.quant import convolutions, products, recurrent
 from bitfront.quant.solver import Curvature
 from bitfront.quant.together import gathered, summed
-from bitfront.quant.uses import NATURAL, Form, Use, dense
+from bitfront.quant.uses import NATURAL, Form, Use, dense, told
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
 
@@ -97,14 +97,16 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__deepcopy__:  # of an input, whose memo may name weights
             return func(*args, **kwargs)
-        used = {id(w): w for x in _tensors((args, kwargs)) if (w := self._weight(x)) is not None}
+        given = list(_tensors((args, kwargs)))
+        used = {id(w): w for x in given if (w := self._weight(x)) is not None}
         if not used:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        known = self._told(self._uses(func, args, kwargs))
+        understood = all(map(told, given))
+        known = self._told(self._uses(func, args, kwargs)) if understood else set()
         result = func(*args, **kwargs)
-        if func in RECURRENT:
+        if func in RECURRENT and understood:
             known |= self._told(recurrent.uses(func, args, kwargs, result))
         made = list(_tensors(result))  # nothing, if it only asked for the shape or the like
         for w in used.values():

@@ -77,6 +77,14 @@ class Use:
     added: bool = False
 
 
+def told(x: Tensor) -> bool:
+    """Whether a tensor is known by its memory; one that is sparse, nested or inside ``vmap`` is not."""
+    try:
+        return x.data_ptr() >= 0 and not x.is_nested
+    except RuntimeError:
+        return False
+
+
 def identity(*inputs: Tensor) -> Any:
     """What tells living tensors, as they are now, from others."""
     return tuple((x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version) for x in inputs)
