@@ -165,7 +165,7 @@ class Watch(TorchFunctionMode):
 
 ATTENTION, LOOK_UP = inspect.signature(F.multi_head_attention_forward), inspect.signature(F.embedding)
 RECURRENT = {*recurrent.LAYERS, *recurrent.CELLS}
-ADD, ADD_ = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (Tensor.add_, Tensor.__iadd__)
+ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 ADDED = {  # place and name of what is added to a product
     **dict.fromkeys((F.linear, *convolutions.SIGNATURES), (2, "bias")),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), (0, "input")),
@@ -173,11 +173,11 @@ ADDED = {  # place and name of what is added to a product
 
 
 def _added(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """The operands of a function that it adds to something."""
+    """The operands of a function that it adds to something: of a sum, one that is repeated along the other, as along
+    samples. (One of as many values may be a part of a weight.)"""
     if func in ADD:
-        yield from (*args, kwargs)
-    elif func in ADD_:
-        yield from args[1:]
+        operands = list(_tensors((args, kwargs)))
+        yield from (x for x in operands if any(other.numel() > x.numel() for other in operands))
     elif func in ADDED:
         place, name = ADDED[func]
         yield args[place] if len(args) > place else kwargs.get(name)

@@ -63,7 +63,7 @@ class Use:
         entry: of the batch, where the use is of one alone, and how many there are.
         common: whether the entries of a batch count by how much they see; else each for itself.
         looked_up: of an embedding, the numbers of rows: each of them is an output.
-        added: whether it is added to something, so that its values are an output themselves.
+        added: whether it is added to something, so that its values are an output themselves, as a bias is.
     """
 
     function: str
