@@ -16,7 +16,7 @@ from conftest import NETWORKS, TiedGPT, cli
 from torch import Tensor, nn
 
 import bitfront
-from bitfront import RTN, Artifact, BitfrontError, DiffQ, Packed
+from bitfront import GPTQ, RTN, Artifact, BitfrontError, DiffQ, Packed
 from bitfront.exports.onnx.graph import Blocks, Builder, Place, weight
 
 ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["bias"]}
@@ -154,6 +154,35 @@ def test_networks_give_the_same_outputs(name: str, method: Any, tmp_path: Path) 
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max() and told.difference <= 1e-5
     floats = {i.name for i in onnx.load(tmp_path / "net.onnx").graph.initializer}
     assert not told.floats and not floats & Artifact.load(tmp_path / "net").packed.keys()
+
+
+class Turned(nn.Module):
+    """Of whose weights none has its outputs along its first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ConvTranspose1d(8, 6, 8, 4, 2)
+        self.product, self.experts = nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(2, 10, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.up(x)).transpose(1, 2) @ self.product
+        return torch.einsum("bti,eio->beto", torch.tanh(y), self.experts)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_weights_in_another_order_come_out_as_they_were(products: bool, tmp_path: Path) -> None:
+    x = torch.randn(4, 8, 9)
+    decoded = saved(Turned().eval(), x, tmp_path / "net", GPTQ(bits=3, group_size=4, **ALL))
+    packed = Artifact.load(tmp_path / "net").packed
+    assert {name for name, p in packed.items() if p.axes} == {"up.weight", "product", "experts"} and packed[
+        "up.weight"
+    ].view
+    told = bitfront.to_onnx(Turned(), tmp_path / "net", [x], tmp_path / "o", matmul_nbits=products)
+    session = onnxruntime.InferenceSession(tmp_path / "o", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x[:3].numpy()})[0]
+    assert np.abs(found - decoded(x[:3]).detach().numpy()).max() <= 1e-5 * np.abs(found).max()
+    assert told.products == 0 and not told.floats
 
 
 def test_the_file_has_the_codes_and_hardly_more(tmp_path: Path) -> None:

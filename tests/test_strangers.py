@@ -219,6 +219,8 @@ BLIND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda x, w: x @ (w @ w),
     "contiguous": lambda x, w: x @ w.T.contiguous(),
     "einsum": lambda x, w: x * torch.einsum("bi,oi->b", x, w)[:, None],
+    "add": lambda x, w: F.linear(x, w + torch.eye(16)),
+    "sparse_mm": lambda x, w: torch.sparse.mm(x.to_sparse(), w),
     "tensordot": lambda x, w: torch.tensordot(x, w, 1),
     "getitem": lambda x, w: torch.bmm(x[:, None], w[torch.zeros(8, dtype=torch.long)][:, :, None].expand(-1, -1, 16))[
         :, 0

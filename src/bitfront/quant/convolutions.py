@@ -39,7 +39,7 @@ def _transposed(
 
 
 PLAIN, TRANSPOSED = inspect.signature(_conv), inspect.signature(_transposed)
-SIGNATURES = {
+SIGNATURES: dict[Any, inspect.Signature] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), PLAIN),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), TRANSPOSED),
 }

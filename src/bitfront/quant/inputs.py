@@ -21,7 +21,7 @@ from bitfront.errors import BitfrontError
 from bitfront.quant import convolutions, products, recurrent
 from bitfront.quant.solver import Curvature
 from bitfront.quant.together import gathered, summed
-from bitfront.quant.uses import NATURAL, Form, Use, dense
+from bitfront.quant.uses import NATURAL, Form, Use, dense, told
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
 
@@ -103,14 +103,17 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__deepcopy__:  # of an input, whose memo may name weights
             return func(*args, **kwargs)
-        used = {id(w): w for x in _tensors((args, kwargs)) if (w := self._weight(x)) is not None}
+        given = list(_tensors((args, kwargs)))
+        used = {id(w): w for x in given if (w := self._weight(x)) is not None}
         if not used:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        known = self._told(self._uses(func, args, kwargs))
-        result = func(*args, **kwargs)
-        if func in RECURRENT:
+        understood = all(map(told, given))
+        uses = list(self._uses(func, args, kwargs)) if understood else []
+        known = self._told(uses)
+        result = self._replaced(uses, func(*args, **kwargs))
+        if func in RECURRENT and understood:
             known |= self._told(recurrent.uses(func, args, kwargs, result))
         made = list(_tensors(result))  # nothing, if it only asked for the shape or the like
         for w in used.values():
@@ -187,7 +190,7 @@ class Watch(TorchFunctionMode):
 
 ATTENTION, LOOK_UP = inspect.signature(F.multi_head_attention_forward), inspect.signature(F.embedding)
 RECURRENT = {*recurrent.LAYERS, *recurrent.CELLS}
-ADD, ADD_ = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (Tensor.add_, Tensor.__iadd__)
+ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 ADDED = {  # place and name of what is added to a product
     **dict.fromkeys((F.linear, *convolutions.SIGNATURES), (2, "bias")),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), (0, "input")),
@@ -195,11 +198,11 @@ ADDED = {  # place and name of what is added to a product
 
 
 def _added(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """The operands of a function that it adds to something."""
+    """The operands of a function that it adds to something: of a sum, one that is repeated along the other, as along
+    samples. (One of as many values may be a part of a weight.)"""
     if func in ADD:
-        yield from (*args, kwargs)
-    elif func in ADD_:
-        yield from args[1:]
+        operands = list(_tensors((args, kwargs)))
+        yield from (x for x in operands if any(other.numel() > x.numel() for other in operands))
     elif func in ADDED:
         place, name = ADDED[func]
         yield args[place] if len(args) > place else kwargs.get(name)

@@ -65,7 +65,7 @@ class Use:
         entry: of the batch, where the use is of one alone, and how many there are.
         common: whether the entries of a batch count by how much they see; else each for itself.
         looked_up: of an embedding, the numbers of rows: each of them is an output.
-        added: whether it is added to something, so that its values are an output themselves.
+        added: whether it is added to something, so that its values are an output themselves, as a bias is.
         felt: of the squared gradient of the function's output, the mean over the rows for each of the columns,
             ``[batch, n]``, all parts of ``columns`` together; it takes what is not padding, too. None where rows are
             not the output's last axis, or a convolution's channels.
@@ -81,6 +81,14 @@ class Use:
     looked_up: Tensor | None = None
     added: bool = False
     felt: Callable[[Tensor, Tensor | None], Tensor] | None = None
+
+
+def told(x: Tensor) -> bool:
+    """Whether a tensor is known by its memory; one that is sparse, nested or inside ``vmap`` is not."""
+    try:
+        return x.data_ptr() >= 0 and not x.is_nested
+    except RuntimeError:
+        return False
 
 
 def identity(*inputs: Tensor) -> Any:
