@@ -33,6 +33,7 @@ BORN: dict[str, Any] = {
     "trainer.devices": 1,
     "trainer.accumulate_grad_batches": 1,
     "quant.reestimate_bn": False,
+    "quant.include": [],
     "quant.layers": None,
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
