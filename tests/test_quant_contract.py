@@ -6,6 +6,7 @@ import copy
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

@@ -37,6 +37,8 @@ BORN: dict[str, Any] = {
     "quant.layers": None,
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
+    "quant.grid": "minmax",
+    "quant.round_zero": False,
     "quant.raw_dtype": "float32",
     "task.train_data": [],
     "task.test_tokens": 0,
