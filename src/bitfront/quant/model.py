@@ -362,7 +362,7 @@ def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
     check_whole(network)
     computed = parametrized(network)
     for name in names:
-        owner = name.rpartition(".")[0].partition(".parametrizations")[0]
+        owner = f".{name}".rpartition(".")[0].partition(".parametrizations")[0].removeprefix(".")
         if isinstance(network.get_submodule(owner), torch.jit.ScriptModule):
             raise BitfrontError(
                 f"'{owner}' is a TorchScript, whose use of '{name}' cannot be seen or changed; give the module that it "
