@@ -44,7 +44,7 @@ def test_a_methods_knobs_reach_the_method(name: str) -> None:
 def test_every_method_quantizes_the_same_tensors_and_is_calibrated_on_as_much(task: str) -> None:
     """Facts of the task: no method has its own."""
     cells = [compose.load([f"task={task}", f"quant={m}"]).values["quant"] for m in compose.options("quant")]
-    for keys in (("min_size", "exclude"), ("samples", "batch_size")):
+    for keys in (("min_size", "exclude", "include"), ("samples", "batch_size")):
         assert len({str([cell[key] for key in keys]) for cell in cells if keys[0] in cell}) == 1
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchmetrics.text import Perplexity
 
 from bitfront.cells import compose
-from bitfront.cells.flow import build_task
+from bitfront.cells.flow import build_method, build_task
 from bitfront.cells.record import read_all
 from bitfront.commands import start
 from bitfront.commands.evaluate import evaluate
@@ -175,7 +175,8 @@ def test_the_papers_network_and_its_sizes() -> None:
     parameters = sum(p.numel() for p in net.parameters())
     assert parameters == sum(t.numel() for t in net.state_dict().values()) == 246_933_504
     assert parameters * 4 / MB == pytest.approx(941.98, abs=0.005)
-    quantized = [p.numel() for p in eligible(net).values()]
+    method = build_method(compose.load(["task=lm_wikitext103", "quant=lsq"]))
+    quantized = [p.numel() for p in method.eligible(net).values()]
     assert len(quantized) == 16 * 7 + 6  # with the first biases of the feed-forward parts
     for bits, size in ((4, 118.25), (8, 235.92)):
         rule = sum(bits * n + 64 for n in quantized) + 32 * (parameters - sum(quantized))

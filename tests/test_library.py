@@ -224,12 +224,14 @@ def test_what_is_blind_in_strange_networks_is_said() -> None:
         model = bitfront.quantize(start(name), GPTQ(**SMALL), data)
         assert "blind" not in model.summary() and model.log["blind"] == 0
     whole = bitfront.quantize(start("convnet"), GPTQ(), classified(2)).summary()
-    float_share = re.search(
-        r"float, at most 2,621 values, min_size=0\.01 MB: (\d+) tensors, ([\d,]+) bytes, ([\d.]+) %", whole
-    )
-    small = [p for p in start("convnet").parameters() if p.numel() <= 2621]
-    assert float_share and int(float_share[1]) == len(small)
-    assert int(float_share[2].replace(",", "")) == sum(4 * p.numel() for p in small)
+    own = list(start("convnet").parameters())
+    for reason, tensors in (
+        (r"at most 2,621 values, min_size=0\.01 MB", [p for p in own if p.dim() > 1 and p.numel() <= 2621]),
+        ("vectors", [p for p in own if p.dim() == 1]),
+    ):
+        share = re.search(rf"float, {reason}: (\d+) tensors, ([\d,]+) bytes, ([\d.]+) %", whole)
+        assert share and int(share[1]) == len(tensors)
+        assert int(share[2].replace(",", "")) == sum(4 * p.numel() for p in tensors)
 
 
 @pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel], ids=["c", "p"])

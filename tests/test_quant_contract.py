@@ -6,6 +6,7 @@ import copy
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 def test_the_yaml_holds_the_defaults_of_the_class(name: str) -> None:
     node = OmegaConf.to_container(compose.files(quant=name).quant, resolve=True)
     method = get_class(node.pop("_target_"))()
-    useless = {"min_size", "exclude", "layers", "reestimate_bn"} if isinstance(method, Float) else set()
+    useless = {"min_size", "exclude", "include", "layers", "reestimate_bn"} if isinstance(method, Float) else set()
     assert node == {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name not in useless}
 
 
@@ -131,17 +132,19 @@ def test_tied_weights_are_drawn_stored_and_counted_once(method: Method, tmp_path
     assert artifact.tied == {"head.weight": "embedding.weight"}
 
 
-def test_exclude_and_min_size(method: Method, tiny: Tiny) -> None:
-    network = tiny[0]()
-    everything = set(attach(replace(method, min_size=0.0), network, tiny[1]).names)
-    some = set(attach(replace(method, exclude=["*bias*", "out.*"]), network, tiny[1]).names)
-    if everything:
-        assert everything == {name for name, p in network.named_parameters() if p.numel() > 0}
-        assert some == {
-            name
-            for name, p in network.named_parameters()
-            if p.numel() > 100 and "bias" not in name and not name.startswith("out.")
-        }
+def test_which_tensors_are_quantized(method: Method, tiny: Tiny) -> None:
+    def names(**options: Any) -> set[str]:
+        return set(attach(replace(method, **options), tiny[0](), tiny[1]).names)
+
+    own = dict(tiny[0]().named_parameters())
+    matrices = {name for name, p in own.items() if p.dim() > 1}
+    if quantized := names(min_size=0.0):
+        assert quantized == matrices
+        assert names(min_size=0.0, include=["*"]) == own.keys()
+        assert names(min_size=0.0, include=["out.*"]) == matrices | {name for name in own if name.startswith("out.")}
+        assert names(include=["*"]) == {name for name, p in own.items() if p.numel() > 100}
+        some = names(exclude=["*weight*", "out.*"], include=["*"], min_size=0.0)
+        assert some == {name for name in own if "weight" not in name and not name.startswith("out.")}
 
 
 def test_bfloat16_weights(method: Method, tiny: Tiny, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_rows_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 METHODS = [GPTQ(bits=2), DecoupleQ(bits=2), DecoupleQ(bits=2, group_size=4), DecoupleQ(bits=2, level=1),
-           DecoupleQ(bits=2, level=2, symmetric=True)]  # fmt: skip
+           DecoupleQ(bits=2, level=2, symmetric=True), GPTQ(bits=2, grid="mse", round_zero=True)]  # fmt: skip
 
 
 def degenerate(name: str) -> tuple[Tensor, Tensor]:
@@ -297,7 +297,7 @@ def degenerate(name: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "method", METHODS, ids=lambda m: f"{type(m).__name__} {m.group_size} {m.level if isinstance(m, DecoupleQ) else ''}"
+    "method", METHODS, ids=lambda m: f"{type(m).__name__} {m.group_size} {m.grid} {getattr(m, 'level', '')}"
 )
 @pytest.mark.parametrize(
     "name",
@@ -377,9 +377,78 @@ def test_symmetric_grids_keep_zero(method: GPTQ) -> None:
     torch.testing.assert_close(found.lo, -middle * found.span / (2**method.bits - 1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("grid", ["minmax", "mse"])
+@pytest.mark.parametrize("kind", [RTN, GPTQ])
+def test_with_a_whole_zero_point_a_code_stands_for_0(kind: type[RTN], grid: str) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(40, 48) + torch.linspace(-5, 5, 40)[:, None]  # of one sign, too
+    w[:, ::7] = 0.0
+    inputs = None if kind is RTN else Moments(moments(48, 1), 200)
+    for bits in (1, 2, 4):
+        options: dict[str, Any] = {"bits": bits, "group_size": 12, "grid": grid, "scale_dtype": "float32"}
+        found, _ = kind(**options, round_zero=True).solve(w, inputs)
+        point = -found.lo * (2**bits - 1) / found.span
+        torch.testing.assert_close(point, point.round(), rtol=0, atol=1e-4)
+        assert (point.round() >= 0).all() and (point.round() <= 2**bits - 1).all()
+        if kind is RTN:
+            assert found.decode()[:, ::7].abs().max() < 1e-5
+
+
+def test_the_whole_zero_point_is_the_official_gptqs() -> None:
+    w, levels = torch.randn(40, 48) + torch.linspace(-3, 3, 40)[:, None], 7
+    lo, hi = w.amin(1, True).clamp(max=0), w.amax(1, True).clamp(min=0)
+    scale = (hi - lo) / levels
+    zero = (-lo / scale).round()
+    wanted = scale * (((w / scale).round() + zero).clamp(0, levels) - zero)
+    found, _ = RTN(bits=3, round_zero=True, scale_dtype="float32").solve(w, None)
+    torch.testing.assert_close(found.decode(), wanted)
+
+
+def test_the_range_with_the_least_error() -> None:
+    torch.manual_seed(0)
+    for bits in (1, 2, 4):
+        for zero in (False, True):
+            w, errors = torch.randn(50, 64), {}
+            for grid in ("minmax", "mse"):
+                packed, _ = RTN(bits=bits, grid=grid, round_zero=zero, scale_dtype="float32").solve(w, None)
+                errors[grid] = (packed.decode() - w).square().sum(1)
+            assert (errors["mse"] <= errors["minmax"] * 1.0001).all()
+            assert errors["mse"].sum() < (0.8 if bits < 4 else 1.0) * errors["minmax"].sum()
+    w = torch.randn(4, 100_000)
+    error = RTN(bits=2, grid="mse").solve(w, None)[0].decode() - w
+    assert error.square().mean().item() == pytest.approx(0.1188, rel=0.02)  # of a Gaussian: Max 1960, table II
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_gptqs_range_weighs_errors_by_the_inputs(zero: bool) -> None:
+    """Where these are uncorrelated, the diagonal of H is all of the loss."""
+    torch.manual_seed(0)
+    w, power = torch.randn(30, 40), torch.rand(40) ** 4 + 1e-3
+
+    def loss(grid: str, inputs: Tensor) -> Tensor:
+        method = GPTQ(bits=2, grid=grid, round_zero=zero, damping=0.0, scale_dtype="float32")
+        packed, _ = method.solve(w, Moments(torch.diag(inputs)[None].double(), 100))
+        return ((packed.decode() - w).square() * power).sum(1)
+
+    found = loss("mse", power)
+    for other in (loss("minmax", power), loss("mse", torch.ones(40))):
+        assert (found <= other * 1.0001).all() and found.sum() < 0.95 * other.sum()
+
+
+def test_decoupleq_starts_from_the_gptq_that_it_is_asked_for() -> None:
+    w, seen = torch.randn(20, 48), Moments(moments(48, 1), 200)
+    options: dict[str, Any] = {"bits": 2, "grid": "mse", "round_zero": True, "scale_dtype": "float32"}
+    (_, ours), (_, gptqs), (_, usual) = (
+        method.solve(w, seen) for method in (DecoupleQ(**options), GPTQ(**options), DecoupleQ(bits=2))
+    )
+    assert ours["steps"]["gptq"] == pytest.approx(gptqs["steps"]["gptq"])
+    assert ours["steps"]["gptq"] != pytest.approx(usual["steps"]["gptq"])
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
+        (RTN, {"grid": "kl"}, "choices: minmax, mse"),
         (GPTQ, {"bits": 9}, "1..8"),
         (GPTQ, {"group_size": 0}, "row by row"),
         (GPTQ, {"scale_dtype": "int8"}, "choices: float32, float16, bfloat16"),

@@ -70,7 +70,7 @@ def test_the_papers_networks_have_the_papers_sizes(
 def test_resnet20_with_its_preset_has_the_papers_size() -> None:
     network = NETWORKS["resnet20"](3, 10)
     assert sum(p.numel() for p in network.parameters()) == 269_722
-    preset: dict[str, Any] = {"min_size": 0.0, "exclude": ["*bias"]}
+    preset: dict[str, Any] = {"min_size": 0.0, "exclude": ["*bias"], "include": ["*"]}
     assert sizes(network, **preset) == [1.029, 0.067, 0.099, 0.131, 0.163, 0.260, 0.272, 0.266]
     assert round(STE(bits=1, **preset).attach(network).megabytes().item(), 3) == 0.035
 

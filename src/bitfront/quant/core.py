@@ -28,7 +28,7 @@ class Method:
     """A quantization method with its hyper-parameters. Every method quantizes the same tensors (``eligible``).
 
     Attributes:
-        min_size, exclude: as in ``eligible``.
+        min_size, exclude, include: as in ``eligible``.
         layers: other settings for the tensors whose name matches a pattern, ``{"head.*": {"bits": 8}}``; where several
             match, what comes later overrides.
         max_size: MiB that the file may have, 0 for any; widths are chosen for it.
@@ -40,6 +40,7 @@ class Method:
 
     min_size: float = 0.01
     exclude: list[str] = field(default_factory=list)
+    include: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] | None = None
     max_size: float = 0.0
     raw_dtype: str = "float32"
@@ -78,7 +79,7 @@ class Method:
 
     def fitting(self, network: nn.Module) -> Self:
         """This method without settings for tensors that the network, made small for a smoke run, does not have."""
-        names = eligible(network, self.min_size, self.exclude)
+        names = eligible(network, self.min_size, self.exclude, self.include)
         layers = self.layers or {}
         kept = {pattern: some for pattern, some in layers.items() if any(fnmatchcase(name, pattern) for name in names)}
         return replace(self, layers=kept)
@@ -97,7 +98,7 @@ class Method:
         Raises:
             BitfrontError: a pattern of ``layers`` matches none of them.
         """
-        weights = eligible(network, self.min_size, self.exclude)
+        weights = eligible(network, self.min_size, self.exclude, self.include)
         for pattern in self.layers or ():
             check(
                 any(fnmatchcase(name, pattern) for name in weights),

@@ -27,13 +27,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed, grouped, middle_code
-from bitfront.quant.rounding import on_stored_grid
+from bitfront.quant.packed import Packed
+from bitfront.quant.rounding import fitted_range, on_stored_grid
 from bitfront.quant.solver import Grid, Layer, Solution
 from bitfront.ranges import Ranges
 
@@ -51,6 +50,7 @@ class DecoupleQ(GPTQ):
         N: rounds, the start by GPTQ being the first.
         M: at level 1, gradient steps before rounding.
         K: at level 1, gradient steps after each column.
+        grid, round_zero: of the start by GPTQ, as there.
     """
 
     bits: int = 2
@@ -65,7 +65,7 @@ class DecoupleQ(GPTQ):
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is not None:
             return super().solve(w, inputs)
-        lo, span = fitted_range(w, self.bits, self.group_size, self.symmetric)
+        lo, span = fitted_range(w, self.group_size, self.bits, self.symmetric)
         return on_stored_grid(w, self.bits, lo, span, self.group_size, self.scales), {}
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
@@ -108,37 +108,3 @@ class DecoupleQ(GPTQ):
             best = layer.solution(best.codes, layer.fit(best.codes, best)).or_better(best)
             grid = best
             yield best
-
-
-def fitted_range(w: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Smallest value and range of the grid on which rounding to nearest has the least squared error, by Lloyd's
-    alternation of rounding and least squares from shares of the full range.
-
-    Args:
-        w: finite weights.
-        bits, group_size, symmetric: of the grid, as in ``GPTQ``.
-
-    Returns:
-        ``[groups]`` each.
-    """
-    groups, levels = grouped(w.float(), group_size), 2**bits - 1
-    middle = middle_code(bits) if symmetric else levels / 2
-    mean = torch.zeros_like(groups[:, :1]) if symmetric else groups.mean(1, keepdim=True)
-    centred = groups - mean
-    lo, hi = (x[:, None] for x in torch.aminmax(centred, dim=1))
-    full = torch.maximum(-lo / middle, hi / (levels - middle)) if symmetric else (hi - lo) / levels
-    first = -middle * full if symmetric else lo
-    best = [full, mean + first, torch.full_like(full, torch.inf)]  # scale, zero, error
-    for share in torch.linspace(1.0, 0.25, 16).tolist():
-        scale, zero = full * share, mean + first * share
-        for _ in range(5):
-            inverse = torch.where(scale == 0, 0.0, 1 / scale)
-            a = (groups - zero).mul_(inverse).round_().clamp_(0, levels).sub_(middle)
-            centre = torch.zeros_like(mean) if symmetric else a.mean(1, keepdim=True)
-            power = (a - centre).square().sum(1, keepdim=True)
-            scale = torch.where(power > 0, ((a - centre) * centred).sum(1, keepdim=True) / power, scale)
-            zero = mean - (centre + middle) * scale
-            error = (a.add_(middle).mul_(scale).add_(zero).sub_(groups)).square_().sum(1, keepdim=True)
-            better = error < best[2]
-            best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True)]
-    return best[1][:, 0], best[0][:, 0] * levels

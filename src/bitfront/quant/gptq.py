@@ -1,12 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column after column, and let the columns still to come make up
-for each error. Between the smallest and the largest weight of a row or group, as ``rtn``.
+for each error.
 
     W[:, k] += (q_j - w_j) U[j, k] / U[j, j]  for k > j,      Uᵀ U = (H + damping · mean diag H)⁻¹
 
 Differs from the official code: one factorization; columns are worked on in blocks; a damping that is too small is
 raised until the factorization succeeds, and recorded; groups always belong to the columns as stored ("static
 groups"), also under act-order, and their grid is that of the original weights; the weights of inputs that are always
-zero are rounded to nearest.
+zero are rounded to nearest. The official grid, whose zero point is a whole number, is ``round_zero``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitfront.quant.packed import Packed, code_dtype
 from bitfront.quant.rounding import by_rows, min_max
 from bitfront.quant.rtn import RTN
 from bitfront.quant.scales import Scales
-from bitfront.quant.solver import Layer, Solution, solve_rows
+from bitfront.quant.solver import LEAST, Layer, Solution, solve_rows
 from bitfront.quant.uses import Form
 from bitfront.ranges import Ranges
 
@@ -36,7 +36,8 @@ class GPTQ(RTN):
         bits: 1..8.
         group_size: consecutive weights of a row that share scale and zero; -1 for the row. What is left over at the end
             of a row is a shorter group.
-        symmetric, scale_dtype, scale_bits: as in ``RTN``.
+        symmetric, scale_dtype, scale_bits, round_zero: as in ``RTN``.
+        grid: as there; errors are weighed by the diagonal of ``H``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
         hessian: whether all of what a layer sees counts alike ("inputs"), or as much as the output of its block feels
@@ -81,8 +82,8 @@ class GPTQ(RTN):
         lines = torch.Size((inputs.batch * rows.shape[1], inputs.columns))
         flat = (rows == rows[..., :1]).all(2)
         rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
-        lo, span = (by_rows(x, lines) for x in min_max(rows, size, self.bits, self.symmetric))
-        scales = self.scales.fitting(lo, span, self.bits)
+        lo, span = (by_rows(x, lines) for x in min_max(rows, size, self.bits, self.symmetric, self.round_zero))
+        scales = self.scales.fitting(lo, span * (LEAST if self.grid == "mse" else 1), self.bits)
         solution = solve_rows(rows, rows.shape[2] // size, solve)
         power = log.pop("power") or 1.0
         about = {
@@ -95,7 +96,7 @@ class GPTQ(RTN):
 
     def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
         """The solution after each step, by name; the last one counts."""
-        grid = layer.as_stored(layer.min_max())
+        grid = layer.as_stored((layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero))
         nearest = layer.solution(layer.nearest(grid), grid)
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 

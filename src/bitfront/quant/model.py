@@ -101,6 +101,7 @@ class Objective(Protocol):
     """Of a method: its say in the training."""
 
     min_size: float
+    include: list[str]
     max_size: float
     raw_dtype: str
     penalty: float
@@ -331,12 +332,15 @@ class QuantizedModel(nn.Module):
         """
         artifact, parameters = self.artifact(about), dict(self.network.named_parameters())
         limit = int((self.method.min_size if self.method else 0.0) * MB) // 4
+        included = matching(self.network, self.method.include if self.method else ())
 
         def reason(name: str) -> str:
             if name not in parameters:
                 return "buffers"
             if not parameters[name].is_floating_point():
                 return "complex numbers" if parameters[name].is_complex() else "whole numbers"
+            if parameters[name].dim() < 2 and id(parameters[name]) not in included:
+                return "vectors"
             small = f"at most {limit:,} values, min_size={self.method.min_size if self.method else 0.0:g} MB"
             return "excluded" if parameters[name].numel() > limit else small
 
@@ -358,7 +362,7 @@ def check_quantizable(network: nn.Module, names: Iterable[str]) -> None:
     check_whole(network)
     computed = parametrized(network)
     for name in names:
-        owner = name.rpartition(".")[0].partition(".parametrizations")[0]
+        owner = f".{name}".rpartition(".")[0].partition(".parametrizations")[0].removeprefix(".")
         if isinstance(network.get_submodule(owner), torch.jit.ScriptModule):
             raise BitfrontError(
                 f"'{owner}' is a TorchScript, whose use of '{name}' cannot be seen or changed; give the module that it "
@@ -384,25 +388,33 @@ def check_finite(network: nn.Module) -> None:
             raise BitfrontError(f"'{name}' holds NaN or infinity; train again with a lower learning rate (train.lr)")
 
 
-def eligible(network: nn.Module, min_size: float = 0.01, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The parameters that are quantized, by their first name and in the network's order.
+def eligible(
+    network: nn.Module, min_size: float = 0.01, exclude: Sequence[str] = (), include: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """The parameters that are quantized, by their first name and in the network's order: matrices and what has more
+    dimensions. Vectors, the scales and biases of layers and norms, cost little and bear little rounding.
 
     Args:
         network: any module.
         min_size: in MB of float32; only larger tensors are quantized, whatever their layer.
         exclude: patterns (``*``, ``?``) of full or last names. A tied tensor is left out if any of its names matches.
+        include: likewise, of the vectors that are quantized, too.
     """
-    names: dict[int, list[str]] = {}
-    for name, p in network.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    excluded = {
-        key
-        for key, known in names.items()
-        for name in known
-        if any(fnmatchcase(name, e) or fnmatchcase(name.rpartition(".")[2], e) for e in exclude)
-    }
+    excluded, included = matching(network, exclude), matching(network, include)
     return {
         name: p
         for name, p in network.named_parameters()
-        if p.is_floating_point() and p.numel() > int(min_size * MB) // 4 and id(p) not in excluded
+        if p.is_floating_point()
+        and p.numel() > int(min_size * MB) // 4
+        and (p.dim() > 1 or id(p) in included)
+        and id(p) not in excluded
+    }
+
+
+def matching(network: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """The ``id`` of the parameters of which any full or last name matches a pattern."""
+    return {
+        id(p)
+        for name, p in network.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, e) or fnmatchcase(name.rpartition(".")[2], e) for e in patterns)
     }

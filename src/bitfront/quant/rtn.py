@@ -1,5 +1,6 @@
 """Round to nearest: every weight to the closest of ``2**bits`` equidistant values between the smallest and the
-largest weight of its tensor, row or group; what the other methods are measured against.
+largest weight of its tensor, row or group, or in the range with the least error; what the other methods are measured
+against.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import FixedBits
 from bitfront.quant.inputs import Moments
 from bitfront.quant.packed import Packed
-from bitfront.quant.rounding import round_to_nearest
+from bitfront.quant.rounding import fitted_range, min_max, on_stored_grid
 from bitfront.quant.scales import Scales
 from bitfront.ranges import Ranges
 
@@ -30,15 +31,21 @@ class RTN(PostTraining, FixedBits):
         symmetric: the middle code stands for 0, up to the rounding of what is stored.
         scale_bits: in which the ranges of a row's groups are stored, relative to a pair of float16 for the row: 1..8,
             or 0 for ``scale_dtype``. Codes and zeros are fitted to what that makes of them.
+        grid: "minmax", from the smallest to the largest weight, or "mse", the range in which rounding to nearest has
+            the least squared error.
+        round_zero: a code stands for 0 (the zero point is a whole number), up to the rounding of what is stored; of
+            symmetric grids, one always does.
     """
 
     group_size: int = -1
     scale_dtype: str = "float16"
     symmetric: bool = False
     scale_bits: int = 0
+    grid: str = "minmax"
+    round_zero: bool = False
     sees_inputs: ClassVar[bool] = False
-    per_layer: ClassVar[tuple[str, ...]] = (*FixedBits.per_layer, "symmetric", "scale_bits")
-    ranges: ClassVar[Ranges] = {"scale_bits": "0..8"}
+    per_layer: ClassVar[tuple[str, ...]] = (*FixedBits.per_layer, "symmetric", "scale_bits", "grid", "round_zero")
+    ranges: ClassVar[Ranges] = {"scale_bits": "0..8", "grid": ("minmax", "mse")}
 
     @property
     def scales(self) -> Scales:
@@ -57,4 +64,6 @@ class RTN(PostTraining, FixedBits):
         return self.symmetric
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
-        return round_to_nearest(w, self.bits, self.group_size, self.scales), {}
+        w, ranges = w.float(), fitted_range if self.grid == "mse" else min_max
+        lo, span = ranges(w, self.group_size, self.bits, self.symmetric, self.round_zero)
+        return on_stored_grid(w, self.bits, lo, span, self.group_size, self.scales), {}

@@ -22,11 +22,11 @@ from bitfront.quant.artifact import Artifact
 from bitfront.quant.budget import Option, allocate
 from bitfront.quant.calibration import PostTraining, check_processes
 from bitfront.quant.core import WIDTHS, FixedBits, Method
-from bitfront.quant.decoupleq import fitted_range
 from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
 from bitfront.quant.model import MB
 from bitfront.quant.packed import Packed, ordered
 from bitfront.quant.plan import Calibration, plan
+from bitfront.quant.rounding import fitted_range
 from bitfront.quant.sensitivity import error, gradients, price
 from bitfront.quant.together import together
 from bitfront.quant.undisturbed import undisturbed
@@ -191,7 +191,7 @@ def _solved(method: Any, w: Tensor, inputs: Moments | None) -> tuple[Packed, Ten
         packed, _ = method.solve(w, inputs)
         return packed, packed.decode().to(w.device)
     packed = method.quantizer(w).encode(w)  # whose range is yet to be trained
-    lo, span = fitted_range(w, method.bits, method.group_size, symmetric=False)
+    lo, span = fitted_range(w, method.group_size, method.bits)
     return packed, Packed.nearest(w, packed.bits.to(w.device), lo, span, method.group_size).decode()
 
 

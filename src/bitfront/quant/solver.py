@@ -28,10 +28,12 @@ from torch import Tensor
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.packed import middle_code
+from bitfront.quant.rounding import reciprocal, spanning
 from bitfront.quant.scales import PLAIN, Scales
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
+LEAST = 0.25  # of a group's range: what ``shrunk`` may leave of it
 PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
 
@@ -177,7 +179,7 @@ class Layer:
         self.scales = scales
         self.w = w.float().transpose(1, 2).contiguous()
         self.curvature, self.H, self.symmetric = curvature, curvature.H, symmetric
-        self.levels = 2**bits - 1
+        self.bits, self.levels = bits, 2**bits - 1
         self.middle = middle_code(bits)
         self.batch, self.columns, self.rows = self.w.shape
         self.group_size, self.groups = group_size, self.columns // group_size
@@ -194,13 +196,11 @@ class Layer:
         error = self.values(codes, grid).sub_(self.w)
         return Solution(grid.scale, grid.zero, codes, (self.H @ error).mul_(error).sum(1, dtype=torch.float64))
 
-    def min_max(self) -> Grid:
-        """From the smallest to the largest weight of each group."""
+    def min_max(self, round_zero: bool = False) -> Grid:
+        """From the smallest to the largest weight of each group, as ``rounding.spanning`` has it."""
         lo, hi = torch.aminmax(self._grouped(self.w), dim=2)
-        if self.symmetric:
-            scale = torch.maximum(-lo / self.middle, hi / (self.levels - self.middle))
-            return Grid(scale, -self.middle * scale)
-        return Grid((hi - lo) / self.levels, lo)
+        zero, span = spanning(lo, hi, self.bits, self.symmetric, round_zero)
+        return Grid(span / self.levels, zero)
 
     def as_stored(self, grid: Grid) -> Grid:
         """The grid that is left of one when its zero and span are stored."""
@@ -218,15 +218,15 @@ class Layer:
             codes = self.descend(codes, grid)
         return self.solution(codes, grid)
 
-    def shrunk(self, steps: int = 16, least: float = 0.25) -> Grid:
+    def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = LEAST) -> Grid:
         """The part of each group's range in which rounding to nearest costs least, by the diagonal of ``H`` alone."""
-        full, w = self.min_max(), self._grouped(self.w)
+        full, w = self.min_max(round_zero), self._grouped(self.w)
         weight = self._grouped(self.curvature.diagonal[:, :, None])
         best, lowest = full, torch.full_like(full.scale, torch.inf)
-        centre = torch.zeros_like(full.zero) if self.symmetric else w.mean(2)
+        centre = torch.zeros_like(full.zero) if self.symmetric or round_zero else w.mean(2)
         for share in torch.linspace(1.0, least, steps).tolist():
             grid = Grid(full.scale * share, centre + (full.zero - centre) * share)
-            codes = (w - grid.zero[:, :, None]).mul_(_inverse(grid.scale)[:, :, None]).round_().clamp_(0, self.levels)
+            codes = (w - grid.zero[:, :, None]).mul_(reciprocal(grid.scale)[:, :, None]).round_().clamp_(0, self.levels)
             error = codes.mul_(grid.scale[:, :, None]).add_(grid.zero[:, :, None]).sub_(w)
             cost = error.square_().mul_(weight).sum(2)
             better = cost < lowest
@@ -237,7 +237,7 @@ class Layer:
     def nearest(self, grid: Grid) -> Tensor:
         """Every weight to the nearest value."""
         w = self._grouped(self.w)
-        codes = w.sub(grid.zero[:, :, None]).mul_(_inverse(grid.scale)[:, :, None])
+        codes = w.sub(grid.zero[:, :, None]).mul_(reciprocal(grid.scale)[:, :, None])
         return codes.round_().clamp_(0, self.levels).view_as(self.w)
 
     def relax(self, grid: Grid, ridge: float, steps: int) -> Tensor:
@@ -432,7 +432,7 @@ class Layer:
 
     def _ordered_grid(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scale, zero, 1 / scale and -zero / scale of each column, in working order."""
-        inverse = _inverse(grid.scale)
+        inverse = reciprocal(grid.scale)
         index = self.group[:, :, None].expand(-1, -1, self.rows)
         scale, zero, inverse, offset = (
             x.gather(1, index) for x in (grid.scale, grid.zero, inverse, -grid.zero * inverse)
@@ -445,11 +445,6 @@ def solve_rows(w: Tensor, groups: int, solve: Callable[[Tensor], Solution]) -> S
     each = w.shape[0] * max(w.shape[2], groups**2)
     parts = [solve(part) for part in w.split(max(1, WEIGHTS // each), dim=1)]
     return Solution(*(torch.cat([getattr(p, name) for p in parts], -1) for name in ("scale", "zero", "codes", "loss")))
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where all codes mean the same."""
-    return torch.where(scale == 0, 0.0, 1 / scale)
 
 
 def _columns_first(x: Tensor) -> Tensor:
