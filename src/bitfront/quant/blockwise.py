@@ -29,6 +29,7 @@ from bitfront.quant.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
+LOOSE = 10  # times the rate of values and norms: what is still float may move by more than its distance of values
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -104,7 +105,7 @@ class Tuning:
         learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
         groups: list[dict[str, Any]] = [{"params": [*learned, *self.norms.values()]}]
-        groups += [{"params": [w], "lr": method.block_lr * _size(w)} for w in self.loose.values()]
+        groups += [{"params": [w], "lr": method.block_lr * LOOSE * _size(w)} for w in self.loose.values()]
         optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
         losses, best = [self._measured(test)], 0

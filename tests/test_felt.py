@@ -1,0 +1,153 @@
+"""How much what a layer sees counts: squared gradients of the block's output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.felt import FLOOR, Felt, Sums, felt
+from bitfront.quant.gptq import GPTQ
+from bitfront.quant.inputs import Watch
+from bitfront.quant.plan import Calibration
+
+PROBES = 3000
+
+
+def felt_by(network: nn.Module, name: str, x: Any, probes: int = 1, valid: Tensor | None = None) -> Felt:
+    """Of the uses of a weight, in as many batches, all the same."""
+    found: list[Tensor] = []
+    hook = network.register_forward_hook(lambda _module, _args, output: found.append(output))
+
+    def run() -> None:
+        found.clear()
+        network(x)
+
+    weights = {name: network.get_parameter(name)}
+    result = felt(weights, ((n, valid, run) for n in range(probes)), lambda: found, torch.Generator().manual_seed(0))
+    hook.remove()
+    return result
+
+
+def exactly(rest: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """What an error of each value of a layer's output costs, for the layers after it."""
+    jacobian = torch.func.jacrev(rest)(z).reshape(-1, *z.shape)
+    return jacobian.square().sum(0) / rest(z).square().mean()
+
+
+LAYERS: dict[str, tuple[nn.Sequential, tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "linear": (
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)),
+        (2, 4, 5),
+        lambda power: power.mean(-1).reshape(1, -1),
+    ),
+    "conv1d": (
+        nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, groups=2), nn.ReLU(inplace=True), nn.Conv1d(6, 2, 2)),
+        (2, 4, 9),
+        lambda power: power.unflatten(1, (2, 3)).mean(2).transpose(0, 1).flatten(1),
+    ),
+    "conv2d": (
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Sigmoid(), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)),
+        (2, 2, 4, 4),
+        lambda power: power.mean(1).reshape(1, -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_it_is_the_mean_over_rows_of_what_an_error_costs_the_output(kind: str) -> None:
+    torch.manual_seed(0)
+    network, shape, mean_of_rows = LAYERS[kind]
+    x = torch.randn(shape)
+    wanted = mean_of_rows(exactly(lambda z: copy.deepcopy(network)[1:](z.clone()), network[0](x).detach()))
+    found = torch.stack([uses[0] for uses in felt_by(network, "0.weight", x, PROBES)["0.weight"].values()])
+    error = found.std(0) / PROBES**0.5
+    assert ((found.mean(0) - wanted).abs() < 5 * error + 1e-6).all()
+    assert wanted.amax() > 1.2 * wanted.amin()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight"])
+def test_stock_attention_shows_it_of_its_projections(name: str, batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+    x = torch.randn(3, 5, 8)
+    counts, valid = torch.tensor([5, 2, 4]), torch.tensor([1.0, 0.4, 0.8])
+    x = x if batch_first else x.transpose(0, 1)
+    every, some = (felt_by(layer, name, x, valid=v)[name][0][0] for v in (None, valid))
+    assert every.shape == (1, 15) and some.shape == (1, int(counts.sum()))
+    assert set(some.flatten().tolist()) <= set(every.flatten().tolist()) and (every > 0).all()
+
+
+def test_the_weighted_moments_are_those_of_inputs_that_count_more() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3), [torch.randn(2, 5, 4), torch.randn(6, 4)]
+    counts = [torch.rand(1, 10), torch.rand(1, 6)]
+    sums = Sums("w", torch.device("cpu"), None, {n: [count] for n, count in enumerate(counts)})
+    for n, batch in enumerate(x):
+        sums.begin(n, None)
+        with Watch({"w": layer.weight}, sums.add):
+            layer(batch)
+    moments, as_felt = sums.moments()
+    rows, count = torch.cat([b.reshape(-1, 4) for b in x]).double(), torch.cat(counts, 1)[0].double()
+    alike, weighted = rows.T @ rows / 16, rows.T @ (count[:, None] * rows)
+    wanted = FLOOR * alike + (1 - FLOOR) * weighted * alike.trace() / weighted.trace()
+    assert as_felt and moments.count == 16
+    torch.testing.assert_close(moments.H[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_are_plain_where_a_use_is_not_felt() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("oi,bi->ob", self.inner.weight, x).T + self.inner(x)
+
+    network, x = Twice(), torch.randn(6, 4)
+    found = felt_by(network, "inner.weight", x)
+    sums = Sums("inner.weight", torch.device("cpu"), None, found["inner.weight"])
+    sums.begin(0, None)
+    with Watch({"inner.weight": network.inner.weight}, sums.add):
+        network(x)
+    moments, as_felt = sums.moments()
+    assert not as_felt and moments.count == 12
+    torch.testing.assert_close(moments.H[0], (x.T @ x / 6).double())
+
+
+class Masked(nn.Module):
+    """A block that makes use of few of the positions of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (x[..., :1] > 1).float()
+        return self.second(torch.tanh(self.first(x)) * kept)
+
+
+def test_what_the_block_gives_is_closer_where_little_of_what_a_layer_sees_matters() -> None:
+    def error(hessian: str, seed: int) -> float:
+        torch.manual_seed(seed)
+        network = nn.Sequential(Masked(), nn.Sequential(nn.Linear(16, 16)))
+        x = [torch.randn(64, 16) @ torch.randn(16, 16) / 4 for _ in range(8)]
+        wanted = [network(batch).detach() for batch in x]
+        data = Calibration(x, lambda net, batch: net(batch))
+        model = GPTQ(bits=2, min_size=0.0, hessian=hessian).attach(network, data).eval()
+        assert not any(layer.get("hessian") for layer in model.log["layers"])
+        return sum((model(batch) - w).square().mean().item() for batch, w in zip(x, wanted, strict=True))
+
+    assert sum(error("block", seed) for seed in range(5)) < 0.95 * sum(error("inputs", seed) for seed in range(5))
+
+
+def test_parameters_keep_no_gradient_and_the_network_stays_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    before = copy.deepcopy(network.state_dict())
+    felt_by(network, "0.weight", torch.randn(3, 4))
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
