@@ -28,7 +28,7 @@ def felt_by(network: nn.Module, name: str, x: Any, probes: int = 1, valid: Tenso
         network(x)
 
     weights = {name: network.get_parameter(name)}
-    result = felt(weights, ((n, valid, run) for n in range(probes)), lambda: found, torch.Generator().manual_seed(0))
+    result = felt(weights, ((n, valid, run) for n in range(probes)), lambda _: found, torch.Generator().manual_seed(0))
     hook.remove()
     return result
 
@@ -151,3 +151,43 @@ def test_parameters_keep_no_gradient_and_the_network_stays_as_it_was() -> None:
     felt_by(network, "0.weight", torch.randn(3, 4))
     assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_padding_of_the_output_is_not_felt() -> None:
+    def error(valid: Callable[[Any], Tensor | None]) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        network = nn.Sequential(nn.Sequential(layer)).eval()
+        x = [torch.randn(4, 6, 8) for _ in range(3)]
+        for batch in x:
+            batch[:, 4:] *= 100.0  # what only padded steps give
+        model = GPTQ(bits=2, min_size=0.0, hessian="block").attach(
+            network, Calibration(x, lambda net, batch: net(batch), valid=valid)
+        )
+        return [packed.codes for packed in model.encode().values()]
+
+    share, mask = torch.full((4,), 4 / 6), torch.arange(6).expand(4, 6) < 4
+    by_share, by_mask = error(lambda _: share), error(lambda _: mask)
+    assert all(torch.equal(a, b) for a, b in zip(by_share, by_mask, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(by_share, error(lambda _: None), strict=True))
+
+
+def test_a_forward_without_gradients_says_that_inputs_count_alike() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    def codes(hessian: str) -> tuple[list[Tensor], list[Any]]:
+        torch.manual_seed(0)
+        data = Calibration([torch.randn(20, 6)], lambda net, batch: net(batch))
+        model = GPTQ(bits=2, min_size=0.0, hessian=hessian).attach(nn.Sequential(Fixed()), data)
+        return [packed.codes for packed in model.encode().values()], model.log["layers"]
+
+    (felt_codes, layers), (plain, _) = codes("block"), codes("inputs")
+    assert all(layer["hessian"] == "inputs" for layer in layers)
+    assert all(torch.equal(a, b) for a, b in zip(felt_codes, plain, strict=True))

@@ -109,7 +109,7 @@ class Tuning:
         optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
         losses, best = [self._measured(test)], 0
-        kept = self.packed, self._floats()
+        best_of = self.packed, self._floats()
         for epoch in range(1, epochs + 1):
             if epoch - best > method.patience:
                 break
@@ -117,8 +117,8 @@ class Tuning:
                 self._step(optimizer, train[n])
             losses.append(self._measured(test))
             if losses[-1] < losses[best]:
-                best, kept = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._floats())
-        self.packed, found = kept
+                best, best_of = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._floats())
+        self.packed, found = best_of
         for name, p in found.items():
             self.block.get_parameter(name).data.copy_(p)
         return {"held_out": losses, "best_epoch": best}
@@ -157,8 +157,8 @@ class Tuning:
 
     def _power(self, target: Tensor, captured: Captured) -> tuple[int, float]:
         """How many values count, and their mean square."""
-        kept = self._kept(_finite(target, target.float()).square(), captured.valid)
-        return kept.numel(), kept.mean().item()
+        values = kept(_finite(target, target.float()).square(), captured.valid, self.time_last)
+        return values.numel(), values.mean().item()
 
     def _error(
         self, captured: Captured, target: list[Tensor], scales: list[float], weights: dict[str, Tensor]
@@ -176,16 +176,8 @@ class Tuning:
         for got, wanted, scale in zip(floats(output), target, scales, strict=True):
             wanted = wanted.to(self.device).float()
             difference = _finite(wanted, got.float() - wanted).square()
-            total = total + scale * self._kept(difference, captured.valid).mean()
+            total = total + scale * kept(difference, captured.valid, self.time_last).mean()
         return total
-
-    def _kept(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Without padding, where that can be told."""
-        if valid is None or x.dim() < 2:
-            return x
-        x = x.movedim(-1, 1) if self.time_last and x.dim() > 2 else x
-        kept = inside(x, valid)
-        return x if kept is None or not kept.any() else x[kept]
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""
@@ -200,6 +192,21 @@ class Tuning:
 
     def _floats(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in (self.norms | self.loose).items()}
+
+
+def kept(x: Tensor, valid: Tensor | None, time_last: bool) -> Tensor:
+    """An output without padding, where that can be told.
+
+    Args:
+        x: ``[samples, ...]``.
+        valid: as ``inside`` takes it.
+        time_last: as of ``Tuning``.
+    """
+    if valid is None or x.dim() < 2:
+        return x
+    x = x.movedim(-1, 1) if time_last and x.dim() > 2 else x
+    here = inside(x, valid)
+    return x if here is None or not here.any() else x[here]
 
 
 def _pooled(parts: Sequence[tuple[int, float]]) -> tuple[int, float]:

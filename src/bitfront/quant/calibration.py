@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.progress import Bar
-from bitfront.quant.blockwise import Tuning, floats, norm_parameters
+from bitfront.quant.blockwise import Tuning, floats, kept, norm_parameters
 from bitfront.quant.captured import Captured
 from bitfront.quant.core import Method, Sampled, check
 from bitfront.quant.felt import Felt, Pass, Sums, felt
@@ -346,19 +346,25 @@ class _Block:
 
     def feel(self, inputs: list[Captured], seed: int) -> None:
         """See what of the layers' inputs the output of the block, still float, feels."""
-        network, unit, found = self.network, self.unit, list[Tensor]()
+        network, unit, rest, found = self.network, self.unit, self.here.rest, list[Tensor]()
         weights = {name: self.weights[name] for stage in unit.stages for name in stage}
 
         def passes() -> Iterator[Pass]:
             for captured in inputs:
                 found.clear()
-                yield captured.of[0], captured.valid, partial(forward, network, unit, self.here.data, rest, captured)
+                run = partial(forward, network, unit, self.here.data, rest, captured)
+                yield captured.of[0], captured.valid, run
 
-        rest, generator = self.here.rest, torch.Generator().manual_seed(seed + place()[0])
+        def outputs(valid: Tensor | None) -> list[Tensor]:
+            return [kept(x, valid, unit.time_last) for x in found]
+
+        generator = torch.Generator().manual_seed(seed + place()[0])
         hook = self.block.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
         try:
             with undisturbed(network):
-                self.felt = felt(weights, passes(), lambda: found, generator)
+                self.felt = felt(
+                    weights, passes(), lambda valid: [kept(x, valid, unit.time_last) for x in found], generator
+                )
         finally:
             hook.remove()
 

@@ -23,13 +23,13 @@ from bitfront.quant.uses import Form, Parts, Use
 
 FLOOR = 0.1  # share of H in which all inputs count alike
 Pass = tuple[int, Tensor | None, Callable[[], Any]]  # number of the batch, what is not padding, the forward
-Felt = dict[str, dict[int, list[Tensor]]]  # by weight and batch, of its uses in their order: ``Use.felt``
+Felt = dict[str, dict[int, list[Tensor | None]]]  # by weight and batch, of its uses in their order: ``Use.felt``
 
 
 def felt(
     weights: dict[str, nn.Parameter],
     passes: Iterable[Pass],
-    outputs: Callable[[], Sequence[Tensor]],
+    outputs: Callable[[Tensor | None], Sequence[Tensor]],
     generator: torch.Generator,
 ) -> Felt:
     """What of the inputs of layers counts, for some outputs.
@@ -37,29 +37,34 @@ def felt(
     Args:
         weights: of the layers.
         passes: forwards.
-        outputs: what came of the last one, without padding; each counts by its power.
+        outputs: what came of the last one, given what is not padding; each counts by its power.
         generator: of the signs.
 
     Returns:
-        Nothing for a use whose output cannot be told from the function's (``Use.felt``).
+        None for a use of which it is not known, as where the forward is without gradients; nothing for one that has no
+        ``Use.felt``.
     """
     found: Felt = {name: defaultdict(list) for name in weights}
     for n, valid, run in passes:
-        seen: list[tuple[str, Use, Tensor]] = []
+        seen: list[tuple[str, Use, Tensor | None]] = []
 
         def after(name: str, use: Use, output: Tensor, seen: list[Any] = seen) -> Tensor:
-            seen.append((name, use, output if output.requires_grad else output.detach().requires_grad_()))
-            return seen[-1][2].clone()  # what follows may write to it
+            if not torch.is_grad_enabled():
+                seen.append((name, use, None))
+                return output
+            x = output if output.requires_grad else output.detach().requires_grad_()
+            seen.append((name, use, x))
+            return x.clone()  # what follows may write to it
 
         with torch.enable_grad(), Watch(weights, lambda *_: None, after):
             run()
-            probed = probe(outputs(), generator)
-        known = [x for _, _, x in seen] if probed.requires_grad else []
-        grads = torch.autograd.grad(probed, known, allow_unused=True) if known else [None] * len(seen)
-        for (name, use, x), g in zip(seen, grads, strict=True):
+            probed = probe(outputs(valid), generator)
+        known = [x for _, _, x in seen if x is not None] if probed.requires_grad else []
+        grads = iter(torch.autograd.grad(probed, known, allow_unused=True, materialize_grads=True) if known else ())
+        for name, use, x in seen:
             assert use.felt is not None
-            power = torch.zeros_like(x) if g is None else g
-            found[name][n].append(use.felt(power.detach().float().square(), valid).cpu())
+            g = None if x is None else next(grads, None)
+            found[name][n].append(None if g is None else use.felt(g.float().square(), valid).cpu())
     return found
 
 
@@ -83,7 +88,7 @@ class Sums:
     """
 
     def __init__(
-        self, name: str, device: torch.device, form: Form | None, felt: dict[int, list[Tensor]] | None
+        self, name: str, device: torch.device, form: Form | None, felt: dict[int, list[Tensor | None]] | None
     ) -> None:
         self.plain, self.scaled = (Accumulator(name, device, form) for _ in range(2))
         self.felt = None if felt is None else {n: iter(uses) for n, uses in felt.items()}
