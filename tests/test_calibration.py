@@ -423,6 +423,23 @@ def test_what_is_still_float_makes_up_for_the_layers_before_it() -> None:
     assert alone < tuned(J=0)[0]
 
 
+def test_layers_to_come_see_the_tuned_values_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = calibration._Block.solve_stage, []
+
+    def solve_stage(block: Any, *arguments: Any) -> None:
+        seen.extend(
+            torch.equal(block.weights[name], packed.decode().to(block.weights[name]))
+            for name, packed in block.packed.items()
+        )
+        real(block, *arguments)
+
+    monkeypatch.setattr(calibration._Block, "solve_stage", solve_stage)
+    network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
+    data = Calibration([torch.randn(32, 16) for _ in range(5)], lambda net, batch: net(batch))
+    DecoupleQ(bits=2, min_size=0.0, J=0, between=3, block_lr=1e-2).attach(network, data)
+    assert len(seen) == 4 and all(seen)
+
+
 def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = DecoupleQ(bits=2, J=2, min_size=0.0005)
     network, data = small()

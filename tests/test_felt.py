@@ -191,3 +191,63 @@ def test_a_forward_without_gradients_says_that_inputs_count_alike() -> None:
     (felt_codes, layers), (plain, _) = codes("block"), codes("inputs")
     assert all(layer["hessian"] == "inputs" for layer in layers)
     assert all(torch.equal(a, b) for a, b in zip(felt_codes, plain, strict=True))
+
+
+def test_a_weight_that_is_the_first_operand_counts_its_inputs_alike() -> None:
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.inner = nn.Parameter(torch.randn(48, 16)), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.w, self.inner(x)).T
+
+    for n in (30, 48, 100):
+        data = Calibration([torch.randn(n, 16)], lambda net, batch: net(batch))
+        model = GPTQ(bits=2, min_size=0.0, hessian="block").attach(nn.Sequential(Prototypes()), data)
+        assert {layer["name"]: layer.get("hessian") for layer in model.log["layers"]}["0.w"] == "inputs"
+
+
+def test_gradients_that_are_not_finite_and_outputs_without_power_are_left_out() -> None:
+    class Block(nn.Module):
+        def __init__(self, odd: Callable[[Tensor], Any]) -> None:
+            super().__init__()
+            self.first, self.second, self.odd = nn.Linear(6, 6, bias=False), nn.Linear(6, 6), odd
+
+        def forward(self, x: Tensor) -> Any:
+            return self.odd(self.first(x))
+
+    def guarded(h: Tensor) -> Tensor:
+        norm = h.square().sum(-1, keepdim=True)
+        return torch.where(norm > 0, h / norm.sqrt(), torch.zeros_like(h))
+
+    x = torch.randn(8, 6)
+    x[3] = 0
+    data = Calibration([x], lambda net, batch: net(batch))
+    for odd, told in ((guarded, "inputs"), (lambda h: (h, h.square() - h.detach().square()), None)):
+        model = GPTQ(bits=2, min_size=0.0, hessian="block", exclude=["*second*"]).attach(
+            nn.Sequential(Block(odd)), data
+        )
+        assert [layer.get("hessian") for layer in model.log["layers"]] == [told]
+
+
+def test_a_router_that_sends_other_samples_after_quantization_is_no_trouble() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.gate = nn.Linear(12, 12), nn.Linear(12, 2)
+            self.experts = nn.ModuleList([nn.Linear(12, 12) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.before(x))
+            to = self.gate(h).argmax(-1)
+            out = torch.zeros_like(h)
+            for n, expert in enumerate(self.experts):
+                out[to == n] = expert(h[to == n])
+            return out
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        data = Calibration([torch.randn(64, 12) for _ in range(2)], lambda net, batch: net(batch))
+        model = GPTQ(bits=2, min_size=0.0, hessian="block").attach(nn.Sequential(Experts()), data)
+        assert len(model.log["layers"]) == 4

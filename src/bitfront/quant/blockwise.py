@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
-from bitfront.quant.functional import call, places
+from bitfront.quant.functional import call, differentiable, places
 from bitfront.quant.packed import Packed
 from bitfront.quant.together import backward, gathered
 from bitfront.quant.uses import inside
@@ -165,11 +166,9 @@ class Tuning:
     ) -> Tensor:
         """Squared error of the outputs, each relative to its power."""
         args, kwargs = captured.on(self.device)
-        recurrent = any(isinstance(m, nn.RNNBase) for m in self.block.modules())
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
-            # cuDNN has no gradient of recurrent layers in evaluation mode
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
+            differentiable(self.block) if torch.is_grad_enabled() else nullcontext(),
         ):
             output = call(self.block, weights, self.places, args, kwargs)
         total = torch.zeros((), device=self.device)

@@ -255,7 +255,12 @@ def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
 
 def tunes(method: PostTraining, network: nn.Module, unit: Unit) -> bool:
     """Whether the block-wise stage follows, as it does in a block that is more than a layer."""
-    return method.tunes and bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
+    return method.tunes and several(network, unit)
+
+
+def several(network: nn.Module, unit: Unit) -> bool:
+    """Whether it is a block of the network that is more than a layer."""
+    return bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
 
 
 @torch.no_grad()
@@ -284,9 +289,9 @@ def quantize_block(
     with here.rest.at_work(of_unit(here.network, unit)):
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
         wanted, seed, last = [targets[c.of] for c in common], here.data.seed + n, len(unit.stages) - 1
-        if method.feels:
-            work.feel(inputs, seed)
         for i, stage in enumerate(unit.stages):
+            if method.feels and several(here.network, unit):
+                work.feel(stage, inputs, seed)
             work.solve_stage(stage, inputs)
             if work.tuned and i < last and method.between:
                 entry.setdefault("between", []).append(work.tune(common, wanted, method.between, seed))
@@ -338,16 +343,17 @@ class _Block:
             moments, as_felt = sums.moments()
             seen = sums.plain
             about = {"padding": "counted"} if seen.padded else {}
-            about |= {"hessian": "inputs"} if self.felt and not as_felt else {}
+            alone = bool(self.unit.block) and not several(self.network, self.unit)  # its output is the block's
+            about |= {"hessian": "inputs"} if self.method.feels and not as_felt and not alone else {}
             idle = [f"{seen.idle} of its {moments.batch} entries not used on these data"] if seen.idle else []
             for name in alike:
                 own = moments.with_lookup(self.weights[name].detach()) if seen.lookup else moments
                 self.solve(name, own, idle, **about)
 
-    def feel(self, inputs: list[Captured], seed: int) -> None:
-        """See what of the layers' inputs the output of the block, still float, feels."""
+    def feel(self, stage: list[str], inputs: list[Captured], seed: int) -> None:
+        """See what of the inputs of layers the output of the block, as it now is, feels."""
         network, unit, rest, found = self.network, self.unit, self.here.rest, list[Tensor]()
-        weights = {name: self.weights[name] for stage in unit.stages for name in stage}
+        weights = {name: self.weights[name] for name in stage}
 
         def passes() -> Iterator[Pass]:
             for captured in inputs:
@@ -395,6 +401,8 @@ class _Block:
             return {}
         with torch.enable_grad(), undisturbed(self.network):
             entry = tuning.run(inputs, targets, self.method, epochs, seed)
-        self.packed |= {name: tuning.packed[own] for name, own in local.items()}
+        for name, own in local.items():
+            self.packed[name] = tuning.packed[own]
+            self.weights[name].data.copy_(self.packed[name].decode())  # what the layers to come see the output of
         self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
         return entry

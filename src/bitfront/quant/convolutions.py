@@ -77,6 +77,8 @@ def unfolded(x: Tensor, geometry: Any, valid: Tensor | None) -> Parts:
     kernel, stride, padding, dilation, groups = geometry
     n = len(kernel)
     x = x[None] if x.dim() == n + 1 else x  # a sample without a batch
+    if not x.numel():
+        return
     stride, dilation = (_each(v, n) for v in (stride, dilation))
     time = x.shape[-1]
     if padding == "same":
@@ -105,6 +107,8 @@ def _felt(power: Tensor, geometry: Any, time: int, valid: Tensor | None) -> Tens
     if valid is not None and valid.dim() == 2:
         valid = steps(valid, time, power.shape[-1], power.device)
     alone = ((1,) * n, 1, 0, 1, groups)
+    if not power.numel():
+        return power.new_zeros(groups, 0)
     return torch.cat([p for p, _, _ in unfolded(power.unflatten(1, (groups, -1)).mean(2), alone, valid)], 2)[:, 0]
 
 
@@ -177,6 +181,8 @@ class Transposed:
     def columns(self, x: Tensor, valid: Tensor | None) -> Parts:
         """``Use.columns`` of the input. Time is its last axis."""
         x = x[None] if x.dim() == self.n + 1 else x
+        if not x.numel():
+            return
         sizes, time = x.shape[2:], x.shape[-1]
         rest = [s // phases for s, phases in zip(self.stride, self.phases, strict=True)]
         if max(rest) > 1:  # zeros between the values make it one of a smaller stride

@@ -22,6 +22,7 @@ from bitfront.quant.together import gathered
 from bitfront.quant.uses import Form, Parts, Use
 
 FLOOR = 0.1  # share of H in which all inputs count alike
+NOTHING = 1e-9  # of the largest power among several outputs
 Pass = tuple[int, Tensor | None, Callable[[], Any]]  # number of the batch, what is not padding, the forward
 Felt = dict[str, dict[int, list[Tensor | None]]]  # by weight and batch, of its uses in their order: ``Use.felt``
 
@@ -64,18 +65,23 @@ def felt(
         for name, use, x in seen:
             assert use.felt is not None
             g = None if x is None else next(grads, None)
-            found[name][n].append(None if g is None else use.felt(g.float().square(), valid).cpu())
+            known_of = g is not None and bool(torch.isfinite(g).all())
+            found[name][n].append(use.felt(g.float().square(), valid).cpu() if g is not None and known_of else None)
     return found
 
 
 def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """The sum of outputs times random signs, each relative to the root of its power: a scalar."""
+    """The sum of outputs times random signs, each relative to the root of its power: a scalar. One of next to no power
+    is left out, as one that is 0 but has a gradient."""
+    powers = [output.detach().float().square().mean() for output in outputs if output.requires_grad and output.numel()]
+    least = NOTHING * max(powers, default=torch.zeros(()))
     total = torch.zeros(())
     for output in outputs:
-        if output.requires_grad:
+        if output.requires_grad and output.numel():
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            power = output.detach().float().square().mean().clamp_min(1e-30)
-            total = total.to(output.device) + (output * signs).float().sum() * power.rsqrt()
+            power = output.detach().float().square().mean()
+            if power > least:
+                total = total.to(output.device) + (output * signs).float().sum() * power.rsqrt()
     return total
 
 
@@ -100,7 +106,8 @@ class Sums:
     def add(self, name: str, use: Use) -> None:
         """One use of the weight."""
         self.plain.add(name, use)
-        if self.felt is not None and use.felt and (felt := next(self.felt.get(self.batch, iter(())), None)) is not None:
+        felt = next(self.felt.get(self.batch, iter(())), None) if self.felt is not None and use.felt else None
+        if felt is not None:
             self.scaled.add(name, _scaled(use, felt))
 
     def moments(self) -> tuple[Moments, bool]:
@@ -125,9 +132,10 @@ def _scaled(use: Use, felt: Tensor) -> Use:
 
     def columns(valid: Tensor | None) -> Parts:
         assert use.columns is not None
-        at = 0
-        for x, counts, known in use.columns(valid):
-            yield x * felt[:, None, at : at + x.shape[2]].to(x).sqrt(), counts, known
-            at += x.shape[2]
+        parts = list(use.columns(valid))
+        if sum(x.shape[2] for x, _, _ in parts) != felt.shape[1]:  # a forward that does not do the same twice
+            return
+        for (x, counts, known), s in zip(parts, felt.split([x.shape[2] for x, _, _ in parts], 1), strict=True):
+            yield x * s[:, None].to(x).sqrt(), counts, known
 
     return replace(use, columns=columns)

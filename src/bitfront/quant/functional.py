@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,3 +30,11 @@ def call(network: nn.Module, values: Mapping[str, Tensor], at: Places, args: Any
     """What the network gives where it sees ``values``, by the first names of its tensors, ``at`` being its places."""
     everywhere = {place: value for name, value in values.items() for place in at[name]}
     return functional_call(network, everywhere, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Forwards in evaluation mode that have gradients, also of recurrent layers, of which cuDNN has none."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):
+        yield

@@ -175,7 +175,7 @@ class Watch(TorchFunctionMode):
         return self._replaced(uses, F.linear(heads, weight, bias)), attention
 
     def _projects(self, weight: Tensor, *inputs: Tensor) -> list[tuple[Tensor, Use]]:
-        uses = [(weight, dense(F.linear.__name__, inputs, 1))]
+        uses = [(weight, dense(F.linear.__name__, inputs, 1, rows_last=True))]
         self._told(uses)
         return uses
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bitfront.quant.uses import Form, Parts, Use, dense, flat, identity
 
+ROWS_LAST = (F.linear.__name__, torch.addmm.__name__)  # whose output has the second operand's rows as its last axis
+
 Labels = list[Hashable]
 Product = tuple[Tensor, Labels, Tensor, Labels, set[Hashable]]
 
@@ -40,13 +42,21 @@ def uses(func: Any, args: Any, kwargs: Any, weight: Callable[[Tensor], Tensor | 
         own = weight(a), weight(b)
         for view, labels, w, x, others in ((a, of_a, own[0], b, of_b), (b, of_b, own[1], a, of_a)):
             if w is not None and own[0] is not own[1]:  # of which the output is no linear function
-                use = _use(func.__name__, w, view, labels, x, others, out)
+                rows_last = view is b and func.__name__ in ROWS_LAST
+                use = _use(func.__name__, w, view, labels, x, others, out, rows_last)
                 if use is not None:
                     yield w, use
 
 
 def _use(
-    function: str, w: Tensor, view: Tensor, own: Labels, x: Tensor, others: Labels, out: set[Hashable]
+    function: str,
+    w: Tensor,
+    view: Tensor,
+    own: Labels,
+    x: Tensor,
+    others: Labels,
+    out: set[Hashable],
+    rows_last: bool,
 ) -> Use | None:
     """Of a weight by its view; None where it is no matrix product."""
     found = axes_of(view, w)
@@ -57,6 +67,8 @@ def _use(
     there = {label for label, size in zip(others, x.shape, strict=True) if size > 1 or label not in out}
     kinds: dict[str, dict[int, Hashable]] = {"batch": {}, "rows": {}, "columns": {}}
     for axis, label, size in zip(axes, own, view.shape, strict=True):
+        if size == 1 and label in there and label in out:
+            continue  # along which it is repeated
         if axis is not None and (label in there or label in out):
             kinds["rows" if label not in there else "batch" if label in out else "columns"][axis] = label
         elif axis is not None or (label not in out and size > 1):
@@ -73,7 +85,7 @@ def _use(
     about: dict[str, Any] = {"form": form, "entry": entry, "common": bool(batch or fixed)}
     order = [*placed[: len(batch)], *samples, *placed[len(batch) :]]
     if not batch and len(columns) == 1 and order == [*range(x.dim())]:
-        return dense(function, (x,), **about)
+        return dense(function, (x,), rows_last=rows_last, **about)
 
     def parts(valid: Tensor | None) -> Parts:
         ordered = x.permute(order).flatten(len(order) - len(columns))

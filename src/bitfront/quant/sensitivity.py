@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitfront.quant.blockwise import floats
 from bitfront.quant.felt import probe
+from bitfront.quant.functional import differentiable
 from bitfront.quant.inputs import Moments
 from bitfront.quant.plan import Calibration
 from bitfront.quant.together import gathered, place
@@ -69,9 +70,7 @@ def _of_batch(
     found: list[Tensor],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    # cuDNN has no gradient of recurrent layers in evaluation mode.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):
+    with differentiable(network):
         data.forward(network, batch)
         probed = probe(found, generator)
         if not probed.requires_grad:

@@ -16,8 +16,6 @@ from bitfront.quant.packed import ordered
 
 ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
 
-ROWS_LAST = (F.linear.__name__, torch.addmm.__name__)  # functions whose output has a weight's rows as its last axis
-
 Parts = Iterator[tuple[Tensor, list[int], bool]]
 Columns = Callable[[Tensor | None], Parts]
 
@@ -97,7 +95,12 @@ def identity(*inputs: Tensor) -> Any:
 
 
 def dense(
-    function: str, inputs: tuple[Tensor, ...], batch_axis: int | None = None, whole: bool = False, **about: Any
+    function: str,
+    inputs: tuple[Tensor, ...],
+    batch_axis: int | None = None,
+    whole: bool = False,
+    rows_last: bool = False,
+    **about: Any,
 ) -> Use:
     """Of inputs ``[..., columns]``: of one, or of one for each entry of the batch.
 
@@ -106,6 +109,7 @@ def dense(
         inputs: the tensors.
         batch_axis: where the samples are, if that is known.
         whole: whether they are known to have no padding.
+        rows_last: whether the output's last axis are the weight's rows.
         about: what else is known of the use.
     """
     inputs = inputs[:1] if all(x is inputs[0] for x in inputs) else inputs
@@ -118,7 +122,7 @@ def dense(
         return torch.cat([part for part, _, _ in parts], 2)[:, 0]
 
     key = identity(*inputs), about.get("form", NATURAL), about.get("entry")
-    known = len(inputs) == 1 and about.get("entry") is None and function in ROWS_LAST
+    known = len(inputs) == 1 and about.get("entry") is None and rows_last
     return Use(function, key, inputs, columns, felt=felt if known else None, **about)
 
 
