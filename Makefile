@@ -41,12 +41,14 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (ins
 	$(PY) -m pytest -m slow
 	$(PY) -m pytest tests/test_harness.py
 
-bench: .venv/installed  ## Compare with the official packages (installs diffq, which needs a C compiler)
+bench: .venv/installed  ## Compare with the official packages (installs them, which needs a C compiler; hours)
 	$(PY) -m benchmarks.solver
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.onnx
 	$(PY) -m uv pip install -q --no-deps diffq==0.2.4
 	$(PY) -m benchmarks.diffq
+	$(PY) -m src.fetch smollm2
+	$(PY) -m benchmarks.peers
 
 publish:  ## Copy the finished records below runs/ to results/records
 	@cd runs && grep -l '"status": "finished"' */*/*/record.json | while read -r record; do \
@@ -63,8 +65,8 @@ lock: .venv/installed  ## Resolve pyproject.toml into requirements.lock
 	$(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-annotate --no-header --group pyproject.toml:dev --extra espeak --extra dashboard --extra hf --extra onnx pyproject.toml -o requirements.lock
 
-clean:  ## Remove .venv and caches; runs stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## Remove .venv, .peers and caches; runs stay
+	rm -rf .venv .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # uv installs in seconds what pip installs in minutes; pip alone works too.
 .venv/installed: requirements.lock pyproject.toml
