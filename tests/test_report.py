@@ -304,7 +304,7 @@ def test_of_files_that_fit_the_one_with_the_best_validation_metric_is_shown(tmp_
         return fake(method, mib * MIB, value, seed, metrics=metrics)
 
     runs = [run("rtn", 1, 80.0, 81.0), run("rtn", 2, 95.0, 70.0), run("lsq", 1.5, 84.0, 90.0), run("float", 9, 90, 90)]
-    runs += [run("rtn", 0.5, 9.0, math.nan)]
+    runs += [run("rtn", 0.5, 9.0, math.nan), run("lsq", 1.4, 99.0, 99.0)]  # of one seed, where another has two
     page = tmp_path / "page.md"
     page.write_text("<!-- sizes:vit 1.2,2,9.5 -->\nold\n<!-- end -->\n")
     fill(page, {"vit": rows([*runs, run("lsq", 1.5, 86.0, 90.0, 1)])})

@@ -82,12 +82,15 @@ def matrix(tables: dict[str, list[Row]]) -> str:
 
 def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
     """Methods against file sizes as a Markdown table: of the files of at most so many MiB, the one with the best
-    validation metric, its test metric and setting; the best test metric of a size is bold.
+    validation metric, its test metric and setting; the best test metric of a size is bold. Of a method, the settings
+    with the most seeds count: the mean of fewer is that of other networks.
     """
     methods = [method for method in compose.options("quant") if any(row.method == method for row in table)]
     chosen: dict[str, list[Row | None]] = {}
     for method in methods:
-        own = [(row.better(row.valid), row) for row in table if row.method == method and row.valid is not None]
+        rated = [(row.better(row.valid), row) for row in table if row.method == method and row.valid is not None]
+        most = max((len(row.records) for _, row in rated), default=0)
+        own = [(good, row) for good, row in rated if len(row.records) == most]
         fitting = [[(good, row) for good, row in own if row.size <= limit * MIB and isfinite(good)] for limit in limits]
         chosen[method] = [max(pairs, key=lambda pair: pair[0])[1] if pairs else None for pairs in fitting]
     best = [
