@@ -25,10 +25,21 @@ from torch import Tensor, nn
 from bitfront.commands import start
 from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import Method
+from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.plan import Calibration
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
+    """``H`` of a weight's inputs over some calls of the network."""
+    sums = Accumulator(name, torch.device("cpu"))
+    sums.valid = valid
+    with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
+        for args in calls:
+            network(*args)
+    return sums.moments()
 
 
 class TiedGPT(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import seen_by
 from demucs.demucs import Demucs
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -28,16 +29,6 @@ from bitfront.quant.model import eligible
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.rtn import RTN
 from bitfront.quant.uses import steps
-
-
-def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
-    """``H`` of a weight's inputs over some calls of the network."""
-    sums = Accumulator(name, torch.device("cpu"))
-    sums.valid = valid
-    with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
-        for args in calls:
-            network(*args)
-    return sums.moments()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from conftest import seen_by
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -18,7 +19,6 @@ from bitfront import GPTQ, RTN, DecoupleQ
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method, build_task
 from bitfront.quant.calibration import calibrate
-from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.plan import Calibration
 from bitfront.quant.uses import Form
 from bitfront.standalone import load
@@ -110,17 +110,6 @@ KINDS = {
     **{name: (use, x, w) for name, (use, x, w) in PRODUCTS.items()},
     **{name: (use, x, w) for name, (layer, x) in CONVOLUTIONS.items() for use, w in [convolution(layer)]},
 }
-
-
-def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = None) -> Moments:
-    """``H`` of a weight's inputs over some calls of the network."""
-    sums = Accumulator(name, torch.device("cpu"))
-    sums.valid = valid
-    with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
-        for args in calls:
-            network(*args)
-    assert valid is None or not sums.padded
-    return sums.moments()
 
 
 def gram(use: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
