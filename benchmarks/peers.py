@@ -179,7 +179,7 @@ class Bench:
             changes = w.reshape(-1, GROUP).sort(1).values.diff(dim=1) != 0
             if w.shape != self.shapes[name] or int(changes.sum(1).max()) >= 2**bits:
                 raise BitfrontError(f"'{name}' is not of {bits} bits in groups of {GROUP}")
-        self.network.load_state_dict(weights, strict=False)
+            self.network.get_parameter(name).data.copy_(w)
         perplexity, outputs = self._run()
         error = (outputs - self.outputs).double().square().sum() / self.outputs.double().square().sum()
         return {"perplexity": perplexity, "error": error.item()}

@@ -30,7 +30,7 @@ from bitfront.quant.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
-LOOSE = 10  # times the rate of values and norms: what is still float may move by more than its distance of values
+FASTER = 10  # times the rate of values and norms: what is still float may move by more than its distance of values
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -77,7 +77,9 @@ class Tuning:
         self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
         own = dict(norm_parameters(block))
         self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
-        self.loose = {name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float}
+        self.still_float = {
+            name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float
+        }
 
     def run(
         self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, epochs: int, seed: int
@@ -106,7 +108,7 @@ class Tuning:
         learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
         groups: list[dict[str, Any]] = [{"params": [*learned, *self.norms.values()]}]
-        groups += [{"params": [w], "lr": method.block_lr * LOOSE * _size(w)} for w in self.loose.values()]
+        groups += [{"params": [w], "lr": method.block_lr * FASTER * _size(w)} for w in self.still_float.values()]
         optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
         generator = torch.Generator().manual_seed(seed)
         losses, best = [self._measured(test)], 0
@@ -181,7 +183,7 @@ class Tuning:
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""
         masters: dict[str, Tensor] = {name: f.values() for name, f in self.frozen.items()}
-        masters |= dict(self.norms) | dict(self.loose)
+        masters |= dict(self.norms) | dict(self.still_float)
         return {name: w.to(self.block.get_parameter(name).dtype) for name, w in masters.items()}
 
     def _stored(self) -> dict[str, Tensor]:
@@ -190,7 +192,7 @@ class Tuning:
         return {name: w.to(self.block.get_parameter(name).dtype) for name, w in stored.items()}
 
     def _floats(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in (self.norms | self.loose).items()}
+        return {name: p.detach().clone() for name, p in (self.norms | self.still_float).items()}
 
 
 def kept(x: Tensor, valid: Tensor | None, time_last: bool) -> Tensor:

@@ -276,7 +276,7 @@ def quantize_block(
         n: its number.
     """
     began = time.perf_counter()
-    work = _Block(here, method, unit, weights)
+    work = _Block(here, method, unit, weights, here.data.seed + n)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     if work.tuned:
@@ -288,17 +288,15 @@ def quantize_block(
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
-        wanted, seed, last = [targets[c.of] for c in common], here.data.seed + n, len(unit.stages) - 1
+        wanted, last = [targets[c.of] for c in common], len(unit.stages) - 1
         for i, stage in enumerate(unit.stages):
-            if method.feels and several(here.network, unit):
-                work.feel(stage, inputs, seed)
             work.solve_stage(stage, inputs)
             if work.tuned and i < last and method.between:
-                entry.setdefault("between", []).append(work.tune(common, wanted, method.between, seed))
+                entry.setdefault("between", []).append(work.tune(common, wanted, method.between))
         for name in (*unit.looked_up, *unit.blind):
             work.solve(name, None)
         if work.tuned and method.J:
-            entry |= work.tune(common, wanted, method.J, seed)
+            entry |= work.tune(common, wanted, method.J)
     return {
         "packed": {name: vars(p) for name, p in work.packed.items()},
         "norms": {name: p.cpu() for name, p in work.norms.items()},
@@ -313,17 +311,18 @@ class _Block:
     Attributes:
         tuned: whether the block-wise stage follows.
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
-        felt: what of the layers' inputs counts; nothing, if all does alike.
     """
 
-    def __init__(self, here: Route, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, here: Route, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], seed: int
+    ) -> None:
+        self.seed = seed
         self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
         self.block = self.network.get_submodule(unit.block)
         self.tuned = tunes(method, self.network, unit)
         self.packed: dict[str, Packed] = {}
         self.layers: list[dict[str, Any]] = []
         self.norms: dict[str, Tensor] = {}
-        self.felt: Felt = {}
 
     def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
         """Quantize the layers that share an input."""
@@ -331,9 +330,11 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
-        for alike in [[name] for name in stage] if self.felt else [stage]:
+        # The output of a block that is one layer feels all of its inputs alike.
+        felt = self.feel(stage, inputs) if self.method.feels and several(self.network, self.unit) else {}
+        for alike in [[name] for name in stage] if felt else [stage]:
             first = alike[0]
-            sums = Sums(first, self.here.rest.device, self.unit.forms[first], self.felt.get(first))
+            sums = Sums(first, self.here.rest.device, self.unit.forms[first], felt.get(first))
             with undisturbed(self.network):
                 for captured in inputs:
                     sums.begin(captured.of[0], captured.valid)
@@ -343,15 +344,15 @@ class _Block:
             moments, as_felt = sums.moments()
             seen = sums.plain
             about = {"padding": "counted"} if seen.padded else {}
-            alone = bool(self.unit.block) and not several(self.network, self.unit)  # its output is the block's
-            about |= {"hessian": "inputs"} if self.method.feels and not as_felt and not alone else {}
+            unfelt = self.method.feels and not as_felt and (felt or not self.unit.block)
+            about |= {"hessian": "inputs"} if unfelt else {}
             idle = [f"{seen.idle} of its {moments.batch} entries not used on these data"] if seen.idle else []
             for name in alike:
                 own = moments.with_lookup(self.weights[name].detach()) if seen.lookup else moments
                 self.solve(name, own, idle, **about)
 
-    def feel(self, stage: list[str], inputs: list[Captured], seed: int) -> None:
-        """See what of the inputs of layers the output of the block, as it now is, feels."""
+    def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
+        """What of the inputs of layers the output of the block, as it now is, feels."""
         network, unit, rest, found = self.network, self.unit, self.here.rest, list[Tensor]()
         weights = {name: self.weights[name] for name in stage}
 
@@ -364,13 +365,11 @@ class _Block:
         def outputs(valid: Tensor | None) -> list[Tensor]:
             return [kept(x, valid, unit.time_last) for x in found]
 
-        generator = torch.Generator().manual_seed(seed + place()[0])
+        generator = torch.Generator().manual_seed(self.seed + place()[0])
         hook = self.block.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
         try:
             with undisturbed(network):
-                self.felt = felt(
-                    weights, passes(), lambda valid: [kept(x, valid, unit.time_last) for x in found], generator
-                )
+                return felt(weights, passes(), outputs, generator)
         finally:
             hook.remove()
 
@@ -382,7 +381,7 @@ class _Block:
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
-    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, seed: int) -> dict[str, Any]:
+    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int) -> dict[str, Any]:
         """The block-wise stage, in which also learns what of the block is yet to be quantized; return its entry in the
         record."""
         names = {id(p): name for name, p in self.block.named_parameters()}
@@ -400,7 +399,7 @@ class _Block:
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):
-            entry = tuning.run(inputs, targets, self.method, epochs, seed)
+            entry = tuning.run(inputs, targets, self.method, epochs, self.seed)
         for name, own in local.items():
             self.packed[name] = tuning.packed[own]
             self.weights[name].data.copy_(self.packed[name].decode())  # what the layers to come see the output of

@@ -65,23 +65,23 @@ def felt(
         for name, use, x in seen:
             assert use.felt is not None
             g = None if x is None else next(grads, None)
-            known_of = g is not None and bool(torch.isfinite(g).all())
-            found[name][n].append(use.felt(g.float().square(), valid).cpu() if g is not None and known_of else None)
+            if g is None or not torch.isfinite(g).all():
+                found[name][n].append(None)
+            else:
+                found[name][n].append(use.felt(g.float().square(), valid).cpu())
     return found
 
 
 def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """The sum of outputs times random signs, each relative to the root of its power: a scalar. One of next to no power
     is left out, as one that is 0 but has a gradient."""
-    powers = [output.detach().float().square().mean() for output in outputs if output.requires_grad and output.numel()]
-    least = NOTHING * max(powers, default=torch.zeros(()))
+    felt = [output for output in outputs if output.requires_grad and output.numel()]
+    powers = [output.detach().float().square().mean() for output in felt]
     total = torch.zeros(())
-    for output in outputs:
-        if output.requires_grad and output.numel():
+    for output, power in zip(felt, powers, strict=True):
+        if power > NOTHING * max(powers):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            power = output.detach().float().square().mean()
-            if power > least:
-                total = total.to(output.device) + (output * signs).float().sum() * power.rsqrt()
+            total = total.to(output.device) + (output * signs).float().sum() * power.rsqrt()
     return total
 
 
@@ -97,7 +97,7 @@ class Sums:
         self, name: str, device: torch.device, form: Form | None, felt: dict[int, list[Tensor | None]] | None
     ) -> None:
         self.plain, self.scaled = (Accumulator(name, device, form) for _ in range(2))
-        self.felt = None if felt is None else {n: iter(uses) for n, uses in felt.items()}
+        self.felt, self.batch = None if felt is None else {n: iter(uses) for n, uses in felt.items()}, 0
 
     def begin(self, n: int, valid: Tensor | None) -> None:
         """The uses to come are of the n-th batch, whose passes come in their order."""
