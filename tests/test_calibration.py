@@ -26,6 +26,7 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.model import eligible
+from bitfront.quant.moving import Moving
 from bitfront.quant.plan import Calibration, plan
 from bitfront.quant.rtn import RTN
 from bitfront.quant.uses import steps
@@ -414,6 +415,45 @@ def test_what_is_still_float_makes_up_for_the_layers_before_it() -> None:
     assert alone < tuned(J=0)[0]
 
 
+def test_codes_that_move_bring_a_block_closer() -> None:
+    def tuned(**options: Any) -> tuple[float, Any]:
+        torch.manual_seed(0)
+        network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
+        data = Calibration([torch.randn(32, 16) for _ in range(17)], lambda net, batch: net(batch))
+        wanted = output(network, data)
+        model = DecoupleQ(bits=2, min_size=0.0, block_lr=2e-3, **options).attach(network, data).eval()
+        return (output(model, data) - wanted).square().mean().item(), model
+
+    without, plain = tuned(J=6)
+    error, model = tuned(J=6, moving=20)
+    assert error < 0.9 * without
+    for name, packed in plain.encode().items():
+        moved = packed.codes.int() - model.encode()[name].codes.int()
+        assert 0 < (moved != 0).float().mean() < 0.5
+        assert name[0] == "1" or moved.abs().max() == 1  # the other block was solved on other inputs
+    for block in model.log["blocks"]:
+        moving = block["moving"]
+        assert len(moving["held_out"]) == 21  # which may rise before it falls
+        assert block["held_out"][0] == moving["held_out"][moving["best_epoch"]] < moving["held_out"][0]
+
+
+def test_codes_start_where_they_are_and_move_straight_through() -> None:
+    w = torch.randn(6, 10)
+    packed, _ = GPTQ(bits=2, group_size=4, symmetric=True).solve(w, Moments(torch.eye(10).double()[None], 10))
+    moving = Moving(packed, w)
+    assert torch.equal(moving.values(), packed.decode()) and torch.equal(moving.packed.codes, packed.codes)
+    moving.values().sum().backward()
+    step = packed.grid(packed.bits, packed.lo, packed.span, len(packed.codes))[1]
+    here = packed.cut(torch.ones(6, 10)) * torch.from_numpy(packed._kept())
+    torch.testing.assert_close(moving.place.grad, here * step)
+    moving.place.data += 1
+    assert torch.equal(moving.packed.codes, (packed.codes + 1).clamp(max=3))
+    moving.place.data += 5
+    moving.zero_grad()
+    moving.values().sum().backward()
+    assert not moving.place.grad.any()  # beyond the box
+
+
 def test_layers_to_come_see_the_tuned_values_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = calibration._Block.solve_stage, []
 
@@ -653,7 +693,7 @@ def test_padding_in_time_first_conformer_layers_counts_nowhere() -> None:
         torch.testing.assert_close(dirty.H, clean.H)
     weight = layer.ffn2.sequential[4].weight
     packed, _ = GPTQ(bits=4).solve(weight.detach(), Moments(torch.eye(32).double()[None], 10))
-    tuning = Tuning(layer, {"ffn2.sequential.4.weight": packed}, set(), False)
+    tuning = Tuning(layer, {"ffn2.sequential.4.weight": Frozen(packed, True)}, False)
     with torch.no_grad():
         target = layer(x, padding)
         clean, dirty = (
@@ -693,7 +733,7 @@ def test_padding_counts_in_no_block_loss(time_last: bool) -> None:
     weight = block[0].weight.detach().clone()
     packed, _ = GPTQ(bits=8).solve(weight, Moments(torch.eye(6).double()[None], 10))
     block[0].weight.data.copy_(packed.decode())
-    tuning = Tuning(block, {"0.weight": packed}, set(), time_last)
+    tuning = Tuning(block, {"0.weight": Frozen(packed, True)}, time_last)
     with torch.no_grad():
         target = block(x)
     for frame, counts in ((3, True), (15, False)):

@@ -26,6 +26,7 @@ from bitfront.errors import BitfrontError
 from bitfront.models.conformer_ctc import ConformerCTC, behind
 from bitfront.models.wav2vec2 import BASE, TINY, Wav2Vec2CTC, plain, published
 from bitfront.quant.blockwise import Captured, Tuning
+from bitfront.quant.frozen import Frozen
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.model import eligible
@@ -231,7 +232,7 @@ def test_the_block_loss_of_a_layer_sees_no_padding() -> None:
     lengths = torch.tensor([6, 4, 2, 5])
     padding, weight = behind(lengths, 6), layer.ffn2[4].weight
     packed, _ = GPTQ(bits=4).solve(weight.detach(), Moments(torch.eye(64).double()[None], 10))
-    tuning = Tuning(layer, {"ffn2.4.weight": packed}, set(), False)
+    tuning = Tuning(layer, {"ffn2.4.weight": Frozen(packed, True)}, False)
     losses = []
     for garbage in (0.0, 1e3):
         spoiled = x.masked_fill(padding[..., None], garbage)

@@ -37,6 +37,7 @@ BORN: dict[str, Any] = {
     "quant.layers": None,
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
+    "quant.moving": 0,
     "quant.between": 0,
     "quant.hessian": "inputs",
     "quant.grid": "minmax",

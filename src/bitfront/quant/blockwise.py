@@ -1,5 +1,6 @@
 """The block-wise stage (decoupleQ, arXiv 2404.12759, equation 2): with the codes fixed, the values that they stand for
-and the norms of a block are tuned so that the block's output comes closest to what the float block gives.
+and the norms of a block are tuned so that the block's output comes closest to what the float block gives. Codes may
+move first (``moving``).
 
 Between the layers of a block (as in QuIP#, arXiv 2402.04396, section 5) the weights that are still float learn with
 them: they make up for the errors so far before they are quantized themselves, which moves their codes.
@@ -24,7 +25,7 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, differentiable, places
-from bitfront.quant.packed import Packed
+from bitfront.quant.moving import BY_SIGN, Moving
 from bitfront.quant.together import backward, gathered
 from bitfront.quant.uses import inside
 
@@ -53,13 +54,12 @@ def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class Tuning:
-    """A block whose codes are fixed.
+    """A block that is quantized, or part of it.
 
     Args:
         block: float network part, in evaluation mode, on the device to work on. Its norms, and what is still float, are
             overwritten.
-        packed: its quantized weights by their name in the block.
-        symmetric: of them, those whose values are tied to 0.
+        learned: its quantized weights by their name in the block.
         time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
         still_float: names of weights that are yet to be quantized, and learn until then.
     """
@@ -67,16 +67,16 @@ class Tuning:
     def __init__(
         self,
         block: nn.Module,
-        packed: dict[str, Packed],
-        symmetric: set[str],
+        learned: dict[str, Frozen],
         time_last: bool,
         still_float: Iterable[str] = (),
     ) -> None:
-        self.block, self.packed, self.time_last, self.places = block, packed, time_last, places(block)
+        self.block, self.time_last, self.places = block, time_last, places(block)
         self.device = next(block.parameters()).device
-        self.frozen = {name: Frozen(p, True, name in symmetric).to(self.device) for name, p in packed.items()}
+        self.frozen = {name: f.to(self.device) for name, f in learned.items()}
+        self.packed = {name: f.packed for name, f in learned.items()}
         own = dict(norm_parameters(block))
-        self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in packed}
+        self.norms = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items() if name not in learned}
         self.still_float = {
             name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float
         }
@@ -105,19 +105,27 @@ class Tuning:
             return {}
         held = min(math.ceil(method.held_out * len(calls)), len(calls) - 1)
         train, test = calls[: len(calls) - held], calls[len(calls) - held :] or calls[:1]
-        learned = [p for f in self.frozen.values() for p in f.parameters() if p.requires_grad]
+        learned = [p for f in self.frozen.values() for p in (f.gain, f.shift) if p is not None and p.requires_grad]
+        codes = [f.place for f in self.frozen.values() if isinstance(f, Moving)]
         # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
         groups: list[dict[str, Any]] = [{"params": [*learned, *self.norms.values()]}]
         groups += [{"params": [w], "lr": method.block_lr * FASTER * _size(w)} for w in self.still_float.values()]
+        steps = epochs * len(train)
+        groups += [{"params": codes, "lr": 1 / steps, **BY_SIGN}] if codes else []
         optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
+        rates = [(lambda n: 1 - n / steps) if "betas" in group else (lambda n: 1.0) for group in groups]
+        slower = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        # Codes jump, less so as their steps get shorter: what the first epochs lose, the last ones gain.
+        patience = epochs if codes else method.patience
         generator = torch.Generator().manual_seed(seed)
         losses, best = [self._measured(test)], 0
         best_of = self.packed, self._floats()
         for epoch in range(1, epochs + 1):
-            if epoch - best > method.patience:
+            if epoch - best > patience:
                 break
             for n in torch.randperm(len(train), generator=generator).tolist():
                 self._step(optimizer, train[n])
+                slower.step()
             losses.append(self._measured(test))
             if losses[-1] < losses[best]:
                 best, best_of = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._floats())

@@ -31,6 +31,7 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.inputs import Moments, Watch, no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
+from bitfront.quant.moving import Moving
 from bitfront.quant.offload import Offload
 from bitfront.quant.packed import Packed
 from bitfront.quant.plan import Calibration, Unit, plan
@@ -46,7 +47,8 @@ class PostTraining(Sampled):
     """A method that quantizes a trained network.
 
     Attributes:
-        J: most epochs of the block-wise stage (the paper's J), 0 for none.
+        moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
+        J: most epochs of it with the codes fixed (the paper's J), 0 for none.
         between: most epochs of it after each group of layers that share an input but the last, in which the weights of
             the others, still float, learn with them.
         target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
@@ -61,6 +63,7 @@ class PostTraining(Sampled):
             are learned as they are.
     """
 
+    moving: int = 0
     J: int = 0
     between: int = 0
     target: str = "network"
@@ -71,6 +74,7 @@ class PostTraining(Sampled):
     sft_relative: bool = True
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
+        "moving": "0..",
         "J": "0..",
         "between": "0..",
         "target": ("network", "block"),
@@ -92,7 +96,7 @@ class PostTraining(Sampled):
     @property
     def tunes(self) -> bool:
         """Whether there is a block-wise stage."""
-        return self.J > 0 or self.between > 0
+        return self.moving > 0 or self.J > 0 or self.between > 0
 
     @property
     def needs_data(self) -> bool:
@@ -295,6 +299,8 @@ def quantize_block(
                 entry.setdefault("between", []).append(work.tune(common, wanted, method.between))
         for name in (*unit.looked_up, *unit.blind):
             work.solve(name, None)
+        if work.tuned and method.moving:
+            entry["moving"] = work.tune(common, wanted, method.moving, moving=True)
         if work.tuned and method.J:
             entry |= work.tune(common, wanted, method.J)
     return {
@@ -311,6 +317,7 @@ class _Block:
     Attributes:
         tuned: whether the block-wise stage follows.
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
+        before: the weights as they were when they were quantized, if their codes are yet to move.
     """
 
     def __init__(
@@ -321,6 +328,7 @@ class _Block:
         self.block = self.network.get_submodule(unit.block)
         self.tuned = tunes(method, self.network, unit)
         self.packed: dict[str, Packed] = {}
+        self.before: dict[str, Tensor] = {}
         self.layers: list[dict[str, Any]] = []
         self.norms: dict[str, Tensor] = {}
 
@@ -376,26 +384,29 @@ class _Block:
     def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
         """Quantize one layer, of which a part may be idle."""
         looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
+        if self.tuned and self.method.moving:
+            self.before[name] = self.weights[name].detach().clone()
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
         told = name in self.unit.unseen or idle
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
-    def tune(self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int) -> dict[str, Any]:
-        """The block-wise stage, in which also learns what of the block is yet to be quantized; return its entry in the
-        record."""
+    def learned(self, name: str, moving: bool) -> Frozen:
+        """A quantized weight whose values learn, and whose codes do, if they are moving."""
+        packed, symmetric = self.packed[name], self.method.of(name).keeps_zero
+        return Moving(packed, self.before[name], symmetric) if moving else Frozen(packed, True, symmetric)
+
+    def tune(
+        self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, moving: bool = False
+    ) -> dict[str, Any]:
+        """The block-wise stage, in which also learns what of the block is yet to be quantized, and codes, if they are
+        moving; return its entry in the record."""
         names = {id(p): name for name, p in self.block.named_parameters()}
         # A tied weight has another name here; one that the block is called with is not tuned.
         local = {name: names[id(self.weights[name])] for name in self.packed if id(self.weights[name]) in names}
-        symmetric = {own for name, own in local.items() if self.method.of(name).keeps_zero}
         later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
-        tuning = Tuning(
-            self.block,
-            {own: self.packed[name] for name, own in local.items()},
-            symmetric,
-            self.unit.time_last,
-            [names[one] for one in later if one in names],
-        )
+        learned = {own: self.learned(name, moving) for name, own in local.items()}
+        tuning = Tuning(self.block, learned, self.unit.time_last, [names[one] for one in later if one in names])
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -51,8 +53,8 @@ class Frozen(Quantizer):
 
     def _on(self, lo: Tensor, span: Tensor) -> Packed:
         """The codes on other grids."""
-        codes, bits = self.get_buffer("packed_codes"), self.get_buffer("packed_bits")
-        return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table, self.view, self.axes)
+        bits = self.get_buffer("packed_bits")
+        return Packed(self.codes(), bits, lo, span, self.shape, self.rows, self.scales.table, self.view, self.axes)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         assert self.gain is not None and self.shift is not None
@@ -69,7 +71,15 @@ class Frozen(Quantizer):
             return self.packed.decode()
         # as they are stored, with the gradients of what is learned
         lo, span = (x + (s.to(x) - x.detach()) for x, s in zip(self._learned(), self._stored(), strict=True))
-        return self._on(lo, span).decode()
+        return replace(self._on(lo, span), codes=self.learned_codes()).decode()
+
+    def codes(self) -> Tensor:
+        """As they are stored."""
+        return self.get_buffer("packed_codes")
+
+    def learned_codes(self) -> Tensor:
+        """The same numbers, with the gradients of what is learned."""
+        return self.codes()
 
     def surrogate(self, w: Tensor) -> Tensor:
         return self.values()

@@ -193,6 +193,16 @@ class Packed:
             values = values.view(self.rows, -1)[:, : self.shape.numel() // self.rows]
         return restored(values.reshape(-1)[: self.shape.numel()], self.shape, self.view, self.axes)
 
+    def cut(self, w: Tensor) -> Tensor:
+        """Numbers for each weight, as the codes lie: those of the tensor's ``shape`` as ``[groups, group_size]``; of
+        padding, those before it."""
+        seen = ordered(w, self.view, self.axes)
+        if not self.rows:
+            return grouped(seen.reshape(-1), self.codes.shape[1])
+        lines = seen.reshape(self.rows, -1)
+        missing = -lines.shape[1] % self.codes.shape[1]
+        return torch.cat([lines, lines[:, -1:].expand(-1, missing)], 1).reshape(self.codes.shape)
+
     @property
     def lines(self) -> int:
         """Rows, each with grids of its own."""

@@ -1,0 +1,40 @@
+"""Codes that move: each weight has a place on its grid, whole steps being codes, that learns along with the grid.
+Forward it is rounded, backward it is not (straight through); steps go by the sign of the gradient (AutoRound, arXiv
+2309.05516, which starts from the weight; here the start is a solver's code, which may lie elsewhere)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.frozen import Frozen
+from bitfront.quant.packed import Packed
+
+REACH = 0.49  # of a step: at the start, a place is as near to the weight as it can be and still have the solver's code
+BY_SIGN = {"betas": (0.0, 0.0)}  # Adam's, with which each step has the length of the rate
+
+
+class Moving(Frozen):
+    """Codes and grid of a tensor, both of which learn.
+
+    Args:
+        packed, symmetric: as of ``Frozen``.
+        w: the weight that was quantized.
+    """
+
+    def __init__(self, packed: Packed, w: Tensor, symmetric: bool = False) -> None:
+        super().__init__(packed, True, symmetric)
+        first, step, _ = packed.grid(packed.bits, packed.lo, packed.span, len(packed.codes))
+        codes = packed.codes.float()
+        off = (packed.cut(w.float()) - first) / torch.where(step == 0, 1.0, step) - codes
+        self.place = nn.Parameter(codes + off.clamp_(-REACH, REACH))
+
+    def codes(self) -> Tensor:
+        return self._rounded().to(self.get_buffer("packed_codes").dtype)
+
+    def learned_codes(self) -> Tensor:
+        near = self.place.clamp(-0.5, self.levels + 0.5)
+        return near + (self._rounded() - near).detach()
+
+    def _rounded(self) -> Tensor:
+        return self.place.detach().round().clamp_(0, self.levels)
