@@ -580,6 +580,27 @@ def test_fine_tuning_trains_values_and_norms_alone() -> None:
     assert all(not torch.equal(after[name].lo, p.lo) for name, p in before.items())
 
 
+def test_codes_are_fine_tuned_too_if_asked() -> None:
+    network, data = small()
+    method = DecoupleQ(bits=2, J=0, sft=True, sft_codes=True, min_size=0.0005)
+    model = method.attach(network, data)
+    before = model.eval().encode()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = data.batches[0], torch.randn(16, 16)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model.train()(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    seen = (model(x) - y).square().mean()
+    after = model.eval().encode()
+    assert all(not torch.equal(after[name].codes, p.codes) for name, p in before.items())
+    torch.testing.assert_close((model.eval()(x) - y).square().mean(), seen)  # what is stored is what was trained
+    for option in ({"sft_codes": True}, {"distill": 0.5}):
+        with pytest.raises(BitfrontError, match="is of fine-tuning; give sft=true"):
+            DecoupleQ(**option)
+
+
 def test_values_that_are_learned_as_they_are_follow_the_gradient_of_scale_and_zero() -> None:
     """SGD on w = s (code - middle) + z, as in the paper; in relative units a scale of 0.01 moves 10,000 times less."""
     w, x = 0.01 * torch.randn(6, 8), torch.randn(8)

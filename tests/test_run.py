@@ -241,7 +241,10 @@ Cell(sys.argv[1:]).execute()
 """
 
 
-@pytest.mark.parametrize("words", [["J=2"], ["quant.sft=true", "train.epochs=2"]], ids=["calibrating", "fine-tuning"])
+TUNED = ["quant.sft=true", "quant.sft_codes=true", "quant.distill=0.5", "train.epochs=2"]
+
+
+@pytest.mark.parametrize("words", [["J=2"], TUNED], ids=["calibrating", "fine-tuning"])
 def test_killed_after_some_blocks_and_rerun_ends_like_an_uninterrupted_run(
     root: Path, tmp_path: Path, words: list[str]
 ) -> None:

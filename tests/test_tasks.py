@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bitfront.cells import compose
+from bitfront.cells.distillation import Distillation
 from bitfront.cells.flow import build_task
 from bitfront.data.images import class_folders, digits, shift_and_mirror
 from bitfront.errors import BitfrontError
@@ -139,6 +141,36 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert peak == pytest.approx(1000 * recipe.warmup, abs=1) and 0.95 < factors[peak] <= 1
     assert factors[0] < 0.05 and factors[-1] == pytest.approx(0, abs=1e-9)
     assert factors[:peak] == sorted(factors[:peak]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("name", compose.options("task"))
+def test_a_network_is_as_far_from_another_as_their_answers(name: str) -> None:
+    smoke = task(name, "smoke=true", "data_root=/nowhere")
+    torch.manual_seed(0)
+    teacher, batch = smoke.model().eval(), next(iter(smoke.loader("train")))
+    student = copy.deepcopy(teacher)
+    follow = Distillation(smoke, teacher, 1.0)
+    assert follow(student, batch).item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    far = follow(student, batch)
+    assert 0 < far < float("inf")
+    far.backward()
+    assert any(p.grad.any() for p in student.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in teacher.parameters())
+    mixed, labels = Distillation(smoke, teacher, 0.25)(student, batch), smoke.loss(student, batch)
+    torch.testing.assert_close(mixed, 0.25 * far + 0.75 * labels)
+
+
+def test_distillation_has_the_mean_relative_entropy() -> None:
+    vision, x = task("vit", "smoke=true"), torch.rand(4, 3, 32, 32)
+    wanted, got = torch.randn(4, 10), torch.randn(4, 10)
+    p, q = wanted.softmax(1), got.softmax(1)
+    torch.testing.assert_close(vision.divergence(got, wanted), (p * (p / q).log()).sum() / 4)
+    for labels in (torch.zeros(4).long(), torch.arange(4)):  # which do not count
+        follow = Distillation(vision, Constant(wanted), 1.0)
+        torch.testing.assert_close(follow(Constant(got), (x, labels)), vision.divergence(got, wanted))
 
 
 @pytest.mark.parametrize("word", ["task.heads=5", "task.patch_size=3", "seed=-1", "train.epochs=0"])

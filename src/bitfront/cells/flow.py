@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -12,12 +12,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from bitfront.cells import compose
 from bitfront.cells.batchnorm import batch_norms, reestimate
 from bitfront.cells.check import check_values, recipe_of
 from bitfront.cells.compose import Config
+from bitfront.cells.distillation import Distillation
 from bitfront.cells.identity import FINGERPRINT, trains
 from bitfront.cells.provenance import environment, peak_memory
 from bitfront.cells.record import Head, Primary, Record, Sizes
@@ -150,7 +151,7 @@ def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record 
     try:
         pretrained = task.pretrained and isinstance(method, Float)
         if trains(config.values) and task.recipe.epochs and not pretrained:
-            training = Training(model, task, method, run.checkpoint, tracker)
+            training = Training(model, task, method, run.checkpoint, tracker, _loss(task, method, origin))
             with _measured("train", stages):
                 fit(training, trainer)
             history = training.history
@@ -227,9 +228,8 @@ def _attached(
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
     pl.seed_everything(task.seed, verbose=False)
     with phase("building the network"):
-        network = task.model() if origin else task.initial()
+        network = _network(task, origin)
         if origin:
-            load_weights(Path(origin.path), network)
             data = config.values["task"].get("data", "")
             own = config.values["task"].get(FINGERPRINT) and not ours(Path(origin.path))
             if own and unsplit(data, config.values["data_root"]):
@@ -255,6 +255,22 @@ def _attached(
         return method.attach(network if data.offload else network.to(device), data)
     except torch.OutOfMemoryError as error:
         raise BitfrontError(f"the GPU's memory is full ({error}); lower quant.batch_size") from None
+
+
+def _network(task: Task, origin: Origin | None) -> nn.Module:
+    """The network that the run begins with."""
+    network = task.model() if origin else task.initial()
+    if origin:
+        load_weights(Path(origin.path), network)
+    return network
+
+
+def _loss(task: Task, method: Method, origin: Origin | None) -> Callable[[nn.Module, Any], Tensor]:
+    """What is trained on."""
+    if not isinstance(method, PostTraining) or not method.distill:
+        return task.loss
+    with phase("building the network to follow"):
+        return Distillation(task, _network(task, origin), method.distill)
 
 
 def _calibration(

@@ -38,6 +38,8 @@ BORN: dict[str, Any] = {
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
     "quant.moving": 0,
+    "quant.sft_codes": False,
+    "quant.distill": 0,
     "quant.between": 0,
     "quant.hessian": "inputs",
     "quant.grid": "minmax",

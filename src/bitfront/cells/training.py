@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -32,14 +33,21 @@ class Training(pl.LightningModule):
         method: penalty and the quantizers' optimizer.
         checkpoint: where to resume from, and to leave the state after each epoch.
         tracker: gets each epoch's numbers and widths.
+        loss: of a network and a batch, in the place of the task's.
     """
 
     def __init__(
-        self, model: QuantizedModel, task: Task, method: Method, checkpoint: Path, tracker: Tracker | None = None
+        self,
+        model: QuantizedModel,
+        task: Task,
+        method: Method,
+        checkpoint: Path,
+        tracker: Tracker | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.task, self.method, self.checkpoint = model, task, method, checkpoint
-        self.recipe, self.tracker = task.recipe, tracker
+        self.recipe, self.tracker, self.loss = task.recipe, tracker, loss or task.loss
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # score of the best epoch, and its state
@@ -60,7 +68,9 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         own = list(self.model.quantizers.parameters())
         together = own if own and self.method.optimizer(own) is None else []
-        main = self.recipe.optimizer([*self.model.network.parameters(), *together], self.task.decays)
+        network = [*self.model.network.parameters()]
+        decaying = {id(p) for p in network if self.task.decays(p)}
+        main = self.recipe.optimizer([*network, *together], lambda p: id(p) in decaying)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer = self.model.optimizer(main, scaler)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -82,7 +92,7 @@ class Training(pl.LightningModule):
         self.total = torch.zeros((), device=self.device)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        loss = self.task.loss(self.model, batch)
+        loss = self.loss(self.model, batch)
         self.total += loss.detach()
         if self.method.penalty and not self.model.steering:
             return loss + self.model.penalty() / self.task.summed

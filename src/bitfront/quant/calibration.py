@@ -61,6 +61,8 @@ class PostTraining(Sampled):
             and the norms learn.
         sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
             are learned as they are.
+        sft_codes: codes learn, too, straight through (``moving``).
+        distill: share of the float network's answers in what is trained on; the rest are labels.
     """
 
     moving: int = 0
@@ -72,6 +74,8 @@ class PostTraining(Sampled):
     block_lr: float = 1e-3
     sft: bool = False
     sft_relative: bool = True
+    sft_codes: bool = False
+    distill: float = 0.0
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
         "moving": "0..",
@@ -81,7 +85,13 @@ class PostTraining(Sampled):
         "held_out": "[0, 1)",
         "patience": "1..",
         "block_lr": "(0, inf)",
+        "distill": "[0, 1]",
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("sft_codes", "distill"):
+            check(self.sft or not getattr(self, option), f"{option} is of fine-tuning; give sft=true with it")
 
     @property
     def calibrates(self) -> bool:
@@ -133,14 +143,16 @@ class PostTraining(Sampled):
             check(there, f"{type(self).__name__} needs calibration data")
             check_quantizable(network, self.eligible(network))
             check_finite(network)
+            before = {name: w.detach().clone() for name, w in self.eligible(network).items()} if self.sft_codes else {}
             packed, log = calibrate(network, self, data)
-        frozen: dict[str, Quantizer] = {
-            name: Frozen(p, self.sft, self.of(name).keeps_zero, self.sft_relative) for name, p in packed.items()
-        }
+        frozen: dict[str, Quantizer] = {}
+        for name, p in packed.items():
+            how = self.of(name).keeps_zero, self.sft_relative
+            frozen[name] = Moving(p, before[name], *how) if name in before else Frozen(p, self.sft, *how)
         if self.sft:
             norms = {name for name, _ in norm_parameters(network)} - packed.keys()
-            for name, p in network.named_parameters():
-                p.requires_grad_(name in norms)
+            for name, own in network.named_parameters():
+                own.requires_grad_(name in norms)
         model = QuantizedModel(network, frozen, self)
         model.log = log
         return model

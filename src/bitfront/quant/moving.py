@@ -18,12 +18,12 @@ class Moving(Frozen):
     """Codes and grid of a tensor, both of which learn.
 
     Args:
-        packed, symmetric: as of ``Frozen``.
+        packed, symmetric, relative: as of ``Frozen``.
         w: the weight that was quantized.
     """
 
-    def __init__(self, packed: Packed, w: Tensor, symmetric: bool = False) -> None:
-        super().__init__(packed, True, symmetric)
+    def __init__(self, packed: Packed, w: Tensor, symmetric: bool = False, relative: bool = True) -> None:
+        super().__init__(packed, True, symmetric, relative)
         first, step, _ = packed.grid(packed.bits, packed.lo, packed.span, len(packed.codes))
         codes = packed.codes.float()
         off = (packed.cut(w.float()) - first) / torch.where(step == 0, 1.0, step) - codes

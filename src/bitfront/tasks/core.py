@@ -62,6 +62,15 @@ class Task:
         """The training loss of a batch, a scalar."""
         raise NotImplementedError
 
+    def answers(self, net: nn.Module, batch: Any) -> Tensor:
+        """What the network makes of a batch, where it counts: logits ``[n, classes]``, or what ``divergence`` takes."""
+        raise NotImplementedError
+
+    def divergence(self, answers: Tensor, wanted: Tensor) -> Tensor:
+        """How far answers are from those of another network, a scalar: their mean relative entropy, in nats."""
+        got, wanted = (x.float().log_softmax(-1) for x in (answers, wanted))
+        return nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
+
     def use(self, net: nn.Module, batch: Any) -> Any:
         """Call the network on a batch as it is called in use; what it is called with is what counts."""
         return self.loss(net, batch)

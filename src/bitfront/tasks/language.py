@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from bitfront.data.corpus import Corpus, Windows, generated
 from bitfront.data.text import load
 from bitfront.errors import BitfrontError
+from bitfront.models import named
 from bitfront.models.transformer_lm import TransformerLM
 from bitfront.tasks.core import Task
 
@@ -140,6 +141,10 @@ class Language(Task):
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, new = batch
         return self.losses(net, tokens)[new].mean()
+
+    def answers(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits: Tensor = named.logits(self.use(net, batch))
+        return logits[batch[1]]
 
     def use(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
         return net(batch[0][:, :-1])

@@ -132,7 +132,16 @@ class Separator(Task):
         return replace(dataset, disturbed=False, repeat=1)
 
     def loss(self, net: nn.Module, batch: Tensor) -> Tensor:
-        return nn.functional.l1_loss(net(batch.sum(1)), batch)
+        return self.divergence(self.answers(net, batch), batch)
+
+    def answers(self, net: nn.Module, batch: Tensor) -> Tensor:
+        """The sources ``[batch, sources, channels, samples]`` of their sum."""
+        sources: Tensor = net(batch.sum(1))
+        return sources
+
+    def divergence(self, answers: Tensor, wanted: Tensor) -> Tensor:
+        """Mean absolute difference of the samples."""
+        return nn.functional.l1_loss(answers, wanted)
 
     def metrics(self, **options: Any) -> MetricCollection:
         metrics: dict[str, Any] = {"loss": MeanMetric(**options), "global": GlobalSDR(self.form.sources, **options)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
@@ -118,6 +119,12 @@ class Recogniser(Task):
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         return self._forward(net, batch)[0]
+
+    def answers(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Logits ``[n, labels]`` of the frames that are no padding."""
+        logits, frames = net(*batch[:2])
+        at = torch.arange(logits.shape[1], device=logits.device)
+        return logits[at < frames[:, None]]
 
     def _forward(self, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logarithmic probabilities ``[batch, frames, labels]`` and how many frames count."""

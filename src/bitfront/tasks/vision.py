@@ -42,10 +42,13 @@ class Classifier(Task):
         return (x - 0.45) / 0.3
 
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
+        y = batch[1]
         smoothing = 0.0 if y.is_floating_point() else self.label_smoothing  # mixed labels are smooth already
-        logits = named.logits(net(self.normalized(x)))
-        return nn.functional.cross_entropy(logits, y, label_smoothing=smoothing)
+        return nn.functional.cross_entropy(self.answers(net, batch), y, label_smoothing=smoothing)
+
+    def answers(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits: Tensor = named.logits(net(self.normalized(batch[0])))
+        return logits
 
     def metrics(self, **options: Any) -> MetricCollection:
         classes = self.outputs()

@@ -127,12 +127,20 @@ class Whisper(WideEmbeddings):
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         return self._losses(self.use(net, batch), batch).mean()
 
+    def answers(self, net: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = self.use(net, batch).logits
+        return logits[self._said(batch)]
+
     def _losses(self, output: Any, batch: Batch) -> Tensor:
         """Of each token of the transcripts and their ends, in nats."""
+        logits = output.logits.float().transpose(1, 2)
+        return nn.functional.cross_entropy(logits, batch[2][:, 1:], reduction="none")[self._said(batch)]
+
+    def _said(self, batch: Batch) -> Tensor:
+        """Which of the tokens but the first are of the transcripts and their ends, ``[batch, tokens - 1]``."""
         tokens, lengths = batch[2:]
-        losses = nn.functional.cross_entropy(output.logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
         at = torch.arange(1, tokens.shape[1], device=tokens.device)
-        return losses[(at >= len(self.writing.prompt)) & (at < lengths[:, None])]
+        return (at >= len(self.writing.prompt)) & (at < lengths[:, None])
 
     def metrics(self, **options: Any) -> MetricCollection:
         kinds: dict[str, Any] = {"wer": WordErrorRate, "wer_plain": WordErrorRate, "loss": MeanMetric}
