@@ -58,7 +58,7 @@ def other(value: Any) -> Any:
 @pytest.mark.parametrize("method", compose.options("quant"))
 def test_every_option_counts_or_is_named_as_a_place(method: str) -> None:
     more = {"rtn": "quant.sft=true", "lsq": "max_size=0.5", "ste": "max_size=0.5"}
-    more |= dict.fromkeys(("gptq", "decoupleq"), more["rtn"])
+    more |= dict.fromkeys(("gptq", "decoupleq", "gsq"), more["rtn"])
     config = compose.load([f"quant={method}", *([more[method]] if method in more else [])])
     knobs = {knob for group, name in (("task", "vit"), ("quant", method)) for knob, _ in compose.knobs(group, name)}
     base = identity.identity("vit", method, config.values, None)

@@ -34,7 +34,7 @@ def test_every_method_runs_on_the_task(task: str, tmp_path: Path) -> None:
         assert record.sizes.file == Path(record.artifact).stat().st_size
         quantized = sum(sum(counts) for counts in record.widths.values())
         assert quantized == 0 if method == "float" else quantized > 0.5 * record.sizes.parameters, method
-        assert bool(record.calibration) == (method in ("rtn", "gptq", "decoupleq"))
+        assert bool(record.calibration) == (method in ("rtn", "gptq", "decoupleq", "gsq"))
 
 
 @pytest.mark.parametrize("method", [["rtn", "bits=2"], ["rtn", "quant.sft=true"], ["diffq"], ["lsq", "init_from=null"]])

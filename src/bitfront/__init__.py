@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitfront.quant.decoupleq import DecoupleQ
     from bitfront.quant.diffq import DiffQ
     from bitfront.quant.gptq import GPTQ
+    from bitfront.quant.gsq import GSQ
     from bitfront.quant.lsq import LSQ
     from bitfront.quant.model import QuantizedModel, Quantizer
     from bitfront.quant.packed import Packed
@@ -35,6 +36,7 @@ _HOMES = {
     "quant.decoupleq": ("DecoupleQ",),
     "quant.diffq": ("DiffQ",),
     "quant.gptq": ("GPTQ",),
+    "quant.gsq": ("GSQ",),
     "quant.lsq": ("LSQ",),
     "quant.model": ("QuantizedModel", "Quantizer"),
     "quant.packed": ("Packed",),
@@ -45,6 +47,7 @@ _HOMES = {
 }
 __all__ = [
     "GPTQ",
+    "GSQ",
     "LSQ",
     "RTN",
     "STE",

@@ -13,7 +13,7 @@ counts, with the untuned block among the candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, differentiable, places
-from bitfront.quant.moving import BY_SIGN, Moving
+from bitfront.quant.moving import Moving
 from bitfront.quant.together import backward, gathered
 from bitfront.quant.uses import inside
 
@@ -35,12 +35,19 @@ FASTER = 10  # times the rate of values and norms: what is still float may move 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+Tuner = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]  # both take each step
+
+
 class Recipe(Protocol):
-    """Of the tuning: attributes of ``PostTraining``."""
+    """Of the tuning: what ``PostTraining`` has."""
 
     held_out: float
     patience: int
     block_lr: float
+
+    def tuner(self, tuning: Tuning, steps: int) -> Tuner:
+        """What takes so many steps, at most."""
+        ...
 
 
 def norm_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -81,6 +88,11 @@ class Tuning:
             name: nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in still_float
         }
 
+    def values(self) -> list[nn.Parameter]:
+        """What the values of the codes follow from."""
+        learned = [p for f in self.frozen.values() for p in (f.gain, f.shift)]
+        return [p for p in learned if p is not None and p.requires_grad]
+
     def run(
         self, inputs: Sequence[Captured], targets: Sequence[list[Tensor]], method: Recipe, epochs: int, seed: int
     ) -> dict[str, Any]:
@@ -105,27 +117,22 @@ class Tuning:
             return {}
         held = min(math.ceil(method.held_out * len(calls)), len(calls) - 1)
         train, test = calls[: len(calls) - held], calls[len(calls) - held :] or calls[:1]
-        learned = [p for f in self.frozen.values() for p in (f.gain, f.shift) if p is not None and p.requires_grad]
-        codes = [f.place for f in self.frozen.values() if isinstance(f, Moving)]
-        # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
-        groups: list[dict[str, Any]] = [{"params": [*learned, *self.norms.values()]}]
-        groups += [{"params": [w], "lr": method.block_lr * FASTER * _size(w)} for w in self.still_float.values()]
         steps = epochs * len(train)
-        groups += [{"params": codes, "lr": 1 / steps, **BY_SIGN}] if codes else []
-        optimizer = torch.optim.Adam(groups, lr=method.block_lr, eps=1e-15)
-        rates = [(lambda n: 1 - n / steps) if "betas" in group else (lambda n: 1.0) for group in groups]
-        slower = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        # Codes jump, less so as their steps get shorter: what the first epochs lose, the last ones gain.
-        patience = epochs if codes else method.patience
+        optimizer, schedule = method.tuner(self, steps)
+        # Codes jump, less and less so: what the first epochs lose, the last ones gain.
+        patience = epochs if any(f.moves for f in self.frozen.values()) else method.patience
         generator = torch.Generator().manual_seed(seed)
-        losses, best = [self._measured(test)], 0
+        losses, best, done = [self._measured(test)], 0, 0
         best_of = self.packed, self._floats()
         for epoch in range(1, epochs + 1):
             if epoch - best > patience:
                 break
             for n in torch.randperm(len(train), generator=generator).tolist():
+                for f in self.frozen.values():
+                    f.at(done / steps)
                 self._step(optimizer, train[n])
-                slower.step()
+                schedule.step()
+                done += 1
             losses.append(self._measured(test))
             if losses[-1] < losses[best]:
                 best, best_of = epoch, ({name: f.packed for name, f in self.frozen.items()}, self._floats())
@@ -201,6 +208,27 @@ class Tuning:
 
     def _floats(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in (self.norms | self.still_float).items()}
+
+
+def adam(tuning: Tuning, lr: float, steps: int) -> Tuner:
+    """Adam for values and norms, and for weights that are still float; codes move by the sign of the gradient, by half
+    a step of their grid in all.
+
+    Args:
+        tuning: what learns.
+        lr: of values and norms, in their units.
+        steps: at most.
+    """
+    places = [f.place for f in tuning.frozen.values() if isinstance(f, Moving)]
+    groups: list[dict[str, Any]] = [{"params": [*tuning.values(), *tuning.norms.values()]}]
+    groups += [{"params": [w], "lr": lr * FASTER * _size(w)} for w in tuning.still_float.values()]
+    rates: list[Callable[[int], float]] = [lambda _: 1.0] * len(groups)
+    if places:
+        groups.append({"params": places, "lr": 1 / steps, "betas": (0.0, 0.0)})
+        rates.append(lambda n: 1 - n / steps)
+    # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
+    optimizer = torch.optim.Adam(groups, lr=lr, eps=1e-15)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
 def kept(x: Tensor, valid: Tensor | None, time_last: bool) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.progress import Bar
-from bitfront.quant.blockwise import Tuning, floats, kept, norm_parameters
+from bitfront.quant.blockwise import Tuner, Tuning, adam, floats, kept, norm_parameters
 from bitfront.quant.captured import Captured
 from bitfront.quant.core import Method, Sampled, check
 from bitfront.quant.felt import Felt, Pass, Sums, felt
@@ -117,6 +117,20 @@ class PostTraining(Sampled):
     def keeps_zero(self) -> bool:
         """Whether the values are tied to 0, also when they are tuned."""
         return False
+
+    def mobile(self, name: str, packed: Packed, w: Tensor, symmetric: bool, seed: int) -> Frozen:
+        """A quantized weight whose codes can move.
+
+        Args:
+            name, packed, w: before and after.
+            symmetric: as of ``Frozen``.
+            seed: of noise.
+        """
+        return Moving(packed, w, symmetric)
+
+    def tuner(self, tuning: Tuning, steps: int) -> Tuner:
+        """The optimizer of the block-wise stage, and the schedule of its rates."""
+        return adam(tuning, self.block_lr, steps)
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         """Quantize one tensor, with the settings of this instance.
@@ -406,7 +420,9 @@ class _Block:
     def learned(self, name: str, moving: bool) -> Frozen:
         """A quantized weight whose values learn, and whose codes do, if they are moving."""
         packed, symmetric = self.packed[name], self.method.of(name).keeps_zero
-        return Moving(packed, self.before[name], symmetric) if moving else Frozen(packed, True, symmetric)
+        if not moving:
+            return Frozen(packed, True, symmetric)
+        return self.method.mobile(name, packed, self.before[name], symmetric, self.seed)
 
     def tune(
         self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, moving: bool = False

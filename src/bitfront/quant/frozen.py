@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Frozen(Quantizer):
             the paper's s and z.
         symmetric: the values stay where they are relative to each other and to 0: no ``shift``.
     """
+
+    moves: ClassVar[bool] = False  # whether codes learn, too
 
     def __init__(self, packed: Packed, trainable: bool = False, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__()
@@ -72,6 +75,9 @@ class Frozen(Quantizer):
         # as they are stored, with the gradients of what is learned
         lo, span = (x + (s.to(x) - x.detach()) for x, s in zip(self._learned(), self._stored(), strict=True))
         return replace(self._on(lo, span), codes=self.learned_codes()).decode()
+
+    def at(self, share: float) -> None:
+        """So much of the training is done, 0..1."""
 
     def codes(self) -> Tensor:
         """As they are stored."""

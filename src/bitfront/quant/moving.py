@@ -11,7 +11,6 @@ from bitfront.quant.frozen import Frozen
 from bitfront.quant.packed import Packed
 
 REACH = 0.49  # of a step: at the start, a place is as near to the weight as it can be and still have the solver's code
-BY_SIGN = {"betas": (0.0, 0.0)}  # Adam's, with which each step has the length of the rate
 
 
 class Moving(Frozen):
@@ -21,6 +20,8 @@ class Moving(Frozen):
         packed, symmetric, relative: as of ``Frozen``.
         w: the weight that was quantized.
     """
+
+    moves = True
 
     def __init__(self, packed: Packed, w: Tensor, symmetric: bool = False, relative: bool = True) -> None:
         super().__init__(packed, True, symmetric, relative)
