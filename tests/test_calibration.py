@@ -437,6 +437,23 @@ def test_codes_that_move_bring_a_block_closer() -> None:
         assert block["held_out"][0] == moving["held_out"][moving["best_epoch"]] < moving["held_out"][0]
 
 
+def test_a_block_is_tuned_in_the_type_that_is_asked_for() -> None:
+    def tuned(dtype: str) -> list[float]:
+        seen.clear()
+        network, data = small()
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+        model = DecoupleQ(bits=2, J=3, min_size=0.0005, block_dtype=dtype).attach(network, data)
+        return next(block["held_out"] for block in model.log["blocks"] if "held_out" in block)
+
+    seen: set[torch.dtype] = set()
+    usual = tuned("auto")
+    assert seen == {torch.float32} and usual == tuned("float32")
+    half = tuned("bfloat16")
+    assert torch.bfloat16 in seen and half == pytest.approx(usual, rel=0.1) and half != usual
+
+
 def test_codes_start_where_they_are_and_move_straight_through() -> None:
     w = torch.randn(6, 10)
     packed, _ = GPTQ(bits=2, group_size=4, symmetric=True).solve(w, Moments(torch.eye(10).double()[None], 10))

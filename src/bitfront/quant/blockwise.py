@@ -69,6 +69,7 @@ class Tuning:
         learned: its quantized weights by their name in the block.
         time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
         still_float: names of weights that are yet to be quantized, and learn until then.
+        dtype: that products are computed in (autocast): float32, or bfloat16.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Tuning:
         learned: dict[str, Frozen],
         time_last: bool,
         still_float: Iterable[str] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         self.block, self.time_last, self.places = block, time_last, places(block)
         self.device = next(block.parameters()).device
         self.frozen = {name: f.to(self.device) for name, f in learned.items()}
@@ -184,7 +187,7 @@ class Tuning:
         """Squared error of the outputs, each relative to its power."""
         args, kwargs = captured.on(self.device)
         with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
             differentiable(self.block) if torch.is_grad_enabled() else nullcontext(),
         ):
             output = call(self.block, weights, self.places, args, kwargs)

@@ -55,6 +55,7 @@ class PostTraining(Sampled):
             errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
+        block_dtype: that products are computed in there: "float32", "bfloat16", or "auto", the latter on a GPU.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of
             the root mean square of what is still float.
         sft: fine-tune on the task's labels with the training loop and recipe (``train.*``): codes stay, their values
@@ -72,6 +73,7 @@ class PostTraining(Sampled):
     held_out: float = 0.125
     patience: int = 2
     block_lr: float = 1e-3
+    block_dtype: str = "auto"
     sft: bool = False
     sft_relative: bool = True
     sft_codes: bool = False
@@ -85,6 +87,7 @@ class PostTraining(Sampled):
         "held_out": "[0, 1)",
         "patience": "1..",
         "block_lr": "(0, inf)",
+        "block_dtype": ("auto", "float32", "bfloat16"),
         "distill": "[0, 1]",
     }
 
@@ -417,6 +420,12 @@ class _Block:
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the block-wise stage computes in."""
+        usual = "bfloat16" if self.here.rest.device.type == "cuda" else "float32"
+        return getattr(torch, usual if self.method.block_dtype == "auto" else self.method.block_dtype)
+
     def learned(self, name: str, moving: bool) -> Frozen:
         """A quantized weight whose values learn, and whose codes do, if they are moving."""
         packed, symmetric = self.packed[name], self.method.of(name).keeps_zero
@@ -434,7 +443,8 @@ class _Block:
         local = {name: names[id(self.weights[name])] for name in self.packed if id(self.weights[name]) in names}
         later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
         learned = {own: self.learned(name, moving) for name, own in local.items()}
-        tuning = Tuning(self.block, learned, self.unit.time_last, [names[one] for one in later if one in names])
+        still_float = [names[one] for one in later if one in names]
+        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, self.dtype)
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):
