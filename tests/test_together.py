@@ -12,7 +12,7 @@ from conftest import torchrun
 from torch import Tensor, distributed, nn
 
 import bitfront
-from bitfront import GPTQ, RTN, BitfrontError, DecoupleQ
+from bitfront import GPTQ, GSQ, RTN, BitfrontError, DecoupleQ
 
 ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["bias", "norm.weight"]}
 
@@ -72,6 +72,8 @@ def whole() -> Tensor:
 METHODS: dict[str, Callable[[], bitfront.PostTraining]] = {
     "gptq": lambda: GPTQ(bits=3, **ALL),
     "tuned": lambda: DecoupleQ(bits=2, J=2, held_out=0.3, **ALL),
+    "codes that move": lambda: DecoupleQ(bits=2, moving=3, **ALL),
+    "soft codes": lambda: GSQ(moving=3, **ALL),
     "exact in blocks": lambda: GPTQ(bits=2, J=2, target="block", **ALL),
     "rounded, then tuned": lambda: RTN(bits=2, J=1, **ALL),
 }

@@ -1,4 +1,4 @@
-"""GSQ (Dadgarnia et al. 2026, arXiv 2604.18556): from GPTQ's codes, each weight learns which of the values around it to
+"""GSQ (2026, arXiv 2604.18556): from GPTQ's codes, each weight learns which of the values around it to
 take, by Gumbel-softmax over them, together with the scales of the groups, so that the output of a block comes closest
 to what the float block makes of the same inputs.
 
@@ -17,6 +17,7 @@ noise of the start leaves the largest logit where GPTQ's code is.
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -113,7 +114,7 @@ class GSQ(GPTQ):
     def mobile(self, name: str, packed: Packed, w: Tensor, symmetric: bool, seed: int) -> Frozen:
         if any(fnmatchcase(name, pattern) for pattern in self.keep_codes):
             return Frozen(packed, True, symmetric)
-        return Soft(packed, symmetric, self.std, self.strength, seed)
+        return Soft(packed, symmetric, self.std, self.strength, zlib.crc32(f"{name} {seed}".encode()))
 
     def tuner(self, tuning: Tuning, steps: int) -> Tuner:
         if not any(f.moves for f in tuning.frozen.values()):
