@@ -1,16 +1,19 @@
-"""How much what a layer sees counts: squared gradients of the block's output."""
+"""How much what a layer sees counts: squared gradients of the block's output, or of the network's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.felt import FLOOR, Felt, Sums, felt
+from bitfront.errors import BitfrontError
+from bitfront.quant.calibration import felt_at_the_end
+from bitfront.quant.felt import FLOOR, Felt, Sums, felt, probe
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.inputs import Watch
 from bitfront.quant.plan import Calibration
@@ -23,12 +26,15 @@ def felt_by(network: nn.Module, name: str, x: Any, probes: int = 1, valid: Tenso
     found: list[Tensor] = []
     hook = network.register_forward_hook(lambda _module, _args, output: found.append(output))
 
-    def run() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> Tensor:
         found.clear()
         network(x)
+        return probe(found, generator)
 
     weights = {name: network.get_parameter(name)}
-    result = felt(weights, ((n, valid, run) for n in range(probes)), lambda _: found, torch.Generator().manual_seed(0))
+    result = felt(weights, ((n, valid, run) for n in range(probes)))
     hook.remove()
     return result
 
@@ -251,3 +257,61 @@ def test_a_router_that_sends_other_samples_after_quantization_is_no_trouble() ->
         data = Calibration([torch.randn(64, 12) for _ in range(2)], lambda net, batch: net(batch))
         model = GPTQ(bits=2, min_size=0.0, hessian="block").attach(nn.Sequential(Experts()), data)
         assert len(model.log["layers"]) == 4
+
+
+def drawn(net: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    """A loss with labels drawn from what a classifier says."""
+    logits = net(x)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def test_with_drawn_labels_it_is_what_an_error_costs_the_answers() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(7, 5)
+    data = Calibration([x] * PROBES, lambda net, batch: net(batch), loss=drawn)
+    found = felt_at_the_end(network, {"0.weight": network.get_parameter("0.weight")}, data)["0.weight"]
+    s = torch.stack([uses[0][0] for uses in found.values() if uses[0] is not None])  # [probes, 7]
+    p, jacobian = network(x).softmax(-1).detach(), []
+    for z in network[0](x).detach():
+        jacobian.append(torch.func.jacrev(network[1:])(z))
+    fisher = [(j.T @ (torch.diag(q) - q[:, None] * q) @ j).diagonal().mean() for j, q in zip(jacobian, p, strict=True)]
+    error = s.std(0) / PROBES**0.5
+    assert ((s.mean(0) - torch.stack(fisher)).abs() < 5 * error).all()
+
+
+def test_answers_are_closer_where_the_end_says_what_matters() -> None:
+    def errors(hessian: str, seed: int, **more: Any) -> Tensor:
+        """Relative entropy, and squared error, of the answers."""
+        torch.manual_seed(seed)
+        network = nn.Sequential(Masked(), nn.Sequential(nn.Linear(16, 16), nn.Tanh()), nn.Linear(16, 8))
+        x = [2 * torch.randn(512, 16) @ torch.randn(16, 16) / 4 for _ in range(8)]
+        wanted = torch.cat([network(batch).detach() for batch in x])
+        data = Calibration(x, lambda net, batch: net(batch), **more)
+        model = GPTQ(bits=2, min_size=0.0, hessian=hessian).attach(network, data).eval()
+        assert not any(layer.get("hessian") for layer in model.log["layers"])
+        got = torch.cat([model(batch) for batch in x]).detach()
+        p, q = (answers.log_softmax(-1) for answers in (wanted, got))
+        return torch.stack([(p.exp() * (p - q)).sum(), (wanted - got).square().sum()])
+
+    plain, labels, signs = (
+        sum(errors(hessian, seed, **more) for seed in range(12))
+        for hessian, more in (("inputs", {}), ("fisher", {"loss": drawn}), ("fisher", {}))
+    )
+    assert labels[0] < 0.96 * plain[0] and signs[1] < 0.96 * plain[1]
+
+
+def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)])
+
+    x = [torch.randn(16, 8) for _ in range(3)]
+    method = GPTQ(bits=2, min_size=0.0, hessian="fisher")
+    data = Calibration(x, lambda net, batch: net(batch), states=tmp_path)
+    whole = method.attach(network(), data).encode()
+    next(tmp_path.glob("*/0002.pt")).unlink()
+    again = method.attach(network(), Calibration(x, lambda net, batch: net(batch), states=tmp_path)).encode()
+    assert all(torch.equal(again[name].codes, packed.codes) for name, packed in whole.items())
+    with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
+        method.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))

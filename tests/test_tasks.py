@@ -161,6 +161,15 @@ def test_a_network_is_as_far_from_another_as_their_answers(name: str) -> None:
     assert all(p.grad is None for p in teacher.parameters())
     mixed, labels = Distillation(smoke, teacher, 0.25)(student, batch), smoke.loss(student, batch)
     torch.testing.assert_close(mixed, 0.25 * far + 0.75 * labels)
+    once, again = (smoke.drawn_loss(teacher, batch, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.isfinite(once) and torch.equal(once, again)
+
+
+def test_labels_are_drawn_as_likely_as_the_network_says() -> None:
+    vision, logits = task("vit", "smoke=true"), torch.tensor([[2.0, 0.0, 1.0]]).repeat(20000, 1)
+    loss = vision.drawn_loss(Constant(logits), (torch.rand(20000, 1), None), torch.Generator().manual_seed(0)) / 20000
+    scores = logits[0].log_softmax(0)
+    assert loss.item() == pytest.approx(-(scores.exp() * scores).sum().item(), rel=0.02)  # the entropy
 
 
 def test_distillation_has_the_mean_relative_entropy() -> None:

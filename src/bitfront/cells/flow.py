@@ -280,6 +280,7 @@ def _calibration(
         batches=task.calibration(method.samples, method.batch_size, shared=True),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),
         blocks=task.blocks(network),
+        loss=lambda net, batch, generator: task.drawn_loss(net, to_device(batch, device), generator),
         valid=task.valid,
         states=run.blocks,
         seed=task.seed,

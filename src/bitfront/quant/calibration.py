@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from bitfront.progress import Bar
 from bitfront.quant.blockwise import Tuner, Tuning, adam, floats, kept, norm_parameters
-from bitfront.quant.captured import Captured
+from bitfront.quant.captured import Captured, copied
 from bitfront.quant.core import Method, Sampled, check
-from bitfront.quant.felt import Felt, Pass, Sums, felt
+from bitfront.quant.felt import Felt, Sums, felt, probe
 from bitfront.quant.frozen import Frozen
+from bitfront.quant.functional import differentiable
 from bitfront.quant.inputs import Moments, Watch, no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
@@ -102,9 +103,10 @@ class PostTraining(Sampled):
         return self.sees_inputs or self.tunes
 
     @property
-    def feels(self) -> bool:
-        """Whether what a layer sees counts as much as the block's output feels it; else all of it alike."""
-        return False
+    def feels(self) -> str:
+        """What says how much of what a layer sees counts: the output of its "block", the "end" of the network; or "",
+        if all of it counts alike."""
+        return ""
 
     @property
     def tunes(self) -> bool:
@@ -233,6 +235,7 @@ def _walk(
 ) -> Iterator[dict[str, Any]]:
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
+    at_the_end = felt_at_the_end(network, weights, data) if weights and method.feels == "end" else {}
     states = States(data.states, network, method, data) if data.states else None
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
@@ -245,7 +248,7 @@ def _walk(
         if exact and (state or any(anew[n + 1 :])):
             exact.keep(unit)
         if state is None:
-            state = quantize_block(here, exact, method, unit, weights, n)
+            state = quantize_block(here, exact, method, unit, weights, n, at_the_end)
             if states:
                 states.save(n, state)
         for name, fields in state["packed"].items():
@@ -253,6 +256,32 @@ def _walk(
         for name, p in state["norms"].items():
             network.get_parameter(name).data.copy_(p)
         yield state
+
+
+def felt_at_the_end(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> Felt:
+    """What of the inputs of all layers the end of the float network feels.
+
+    Raises:
+        BitfrontError: not all of the network is on the device.
+    """
+    check(not data.offload, "hessian=fisher needs gradients of the whole network at once; leave offload out")
+    generator, found = torch.Generator().manual_seed(data.seed + place()[0]), list[Tensor]()
+
+    def probed(batch: Any) -> Tensor:
+        if data.loss:
+            return data.loss(network, copied(batch), generator)
+        found.clear()
+        data.forward(network, batch)
+        return probe(found, generator)
+
+    hook = network.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
+    bar = Bar(data.batches, desc="what the end feels", unit="batch")
+    try:
+        with undisturbed(network), differentiable(network):
+            passes = ((n, data.valid(batch), partial(probed, batch)) for n, batch in enumerate(bar))
+            return felt(weights, passes)
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -298,7 +327,13 @@ def several(network: nn.Module, unit: Unit) -> bool:
 
 @torch.no_grad()
 def quantize_block(
-    here: Route, exact: Route | None, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], n: int
+    here: Route,
+    exact: Route | None,
+    method: PostTraining,
+    unit: Unit,
+    weights: dict[str, nn.Parameter],
+    n: int,
+    at_the_end: Felt,
 ) -> dict[str, Any]:
     """Quantize the n-th block in place, tuned to give what it gives in the float network; return its state.
 
@@ -307,9 +342,10 @@ def quantize_block(
         exact: likewise through the float network, where its output is the target; else that is of the inputs here.
         method, unit, weights: solves the weights, those of the block, all by name.
         n: its number.
+        at_the_end: of the inputs of layers, by weight, what the end of the float network feels, if that counts.
     """
     began = time.perf_counter()
-    work = _Block(here, method, unit, weights, here.data.seed + n)
+    work = _Block(here, method, unit, weights, here.data.seed + n, at_the_end)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     if work.tuned:
@@ -350,9 +386,15 @@ class _Block:
     """
 
     def __init__(
-        self, here: Route, method: PostTraining, unit: Unit, weights: dict[str, nn.Parameter], seed: int
+        self,
+        here: Route,
+        method: PostTraining,
+        unit: Unit,
+        weights: dict[str, nn.Parameter],
+        seed: int,
+        at_the_end: Felt,
     ) -> None:
-        self.seed = seed
+        self.seed, self.at_the_end = seed, at_the_end
         self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
         self.block = self.network.get_submodule(unit.block)
         self.tuned = tunes(method, self.network, unit)
@@ -367,8 +409,10 @@ class _Block:
             for name in stage:
                 self.solve(name, None)
             return
+        felt = {name: self.at_the_end[name] for name in stage if name in self.at_the_end}
         # The output of a block that is one layer feels all of its inputs alike.
-        felt = self.feel(stage, inputs) if self.method.feels and several(self.network, self.unit) else {}
+        if self.method.feels == "block" and several(self.network, self.unit):
+            felt = self.feel(stage, inputs)
         for alike in [[name] for name in stage] if felt else [stage]:
             first = alike[0]
             sums = Sums(first, self.here.rest.device, self.unit.forms[first], felt.get(first))
@@ -390,23 +434,19 @@ class _Block:
 
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
         """What of the inputs of layers the output of the block, as it now is, feels."""
-        network, unit, rest, found = self.network, self.unit, self.here.rest, list[Tensor]()
-        weights = {name: self.weights[name] for name in stage}
-
-        def passes() -> Iterator[Pass]:
-            for captured in inputs:
-                found.clear()
-                run = partial(forward, network, unit, self.here.data, rest, captured)
-                yield captured.of[0], captured.valid, run
-
-        def outputs(valid: Tensor | None) -> list[Tensor]:
-            return [kept(x, valid, unit.time_last) for x in found]
-
+        network, unit, found = self.network, self.unit, list[Tensor]()
         generator = torch.Generator().manual_seed(self.seed + place()[0])
+
+        def probed(captured: Captured) -> Tensor:
+            found.clear()
+            forward(network, unit, self.here.data, self.here.rest, captured)
+            return probe([kept(x, captured.valid, unit.time_last) for x in found], generator)
+
         hook = self.block.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
         try:
             with undisturbed(network):
-                return felt(weights, passes(), outputs, generator)
+                passes = ((captured.of[0], captured.valid, partial(probed, captured)) for captured in inputs)
+                return felt({name: self.weights[name] for name in stage}, passes)
         finally:
             hook.remove()
 

@@ -1,10 +1,11 @@
 """How much each input of a layer counts: the squared gradient, at the layer's output, of a later output times random
-signs, whose mean is what an error there costs that output (Hutchinson). With it, the layer's problem has
+signs, whose mean is what an error there costs that output (Hutchinson); or of a loss with labels drawn from what the
+network says, whose mean is what it costs the network's answers (Fisher). With it, the layer's problem has
 
     H = (1 - f) c E[s x xᵀ] + f E[x xᵀ],      s = mean over the layer's outputs of (d probe / d output)²
 
-with c such that both have the same trace (GuidedQuant, arXiv 2505.07004, with one group of outputs, the block's output
-in the place of the loss, and a floor, so that what this probe does not feel still counts).
+with c such that both have the same trace (GuidedQuant, arXiv 2505.07004, with one group of outputs, labels that are
+drawn, and a floor, so that what this probe does not feel still counts).
 """
 
 from __future__ import annotations
@@ -23,23 +24,16 @@ from bitfront.quant.uses import Form, Parts, Use
 
 FLOOR = 0.1  # share of H in which all inputs count alike
 NOTHING = 1e-9  # of the largest power among several outputs
-Pass = tuple[int, Tensor | None, Callable[[], Any]]  # number of the batch, what is not padding, the forward
+Pass = tuple[int, Tensor | None, Callable[[], Tensor]]  # number of the batch, what is not padding, forward to the probe
 Felt = dict[str, dict[int, list[Tensor | None]]]  # by weight and batch, of its uses in their order: ``Use.felt``
 
 
-def felt(
-    weights: dict[str, nn.Parameter],
-    passes: Iterable[Pass],
-    outputs: Callable[[Tensor | None], Sequence[Tensor]],
-    generator: torch.Generator,
-) -> Felt:
-    """What of the inputs of layers counts, for some outputs.
+def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
+    """What of the inputs of layers counts.
 
     Args:
         weights: of the layers.
-        passes: forwards.
-        outputs: what came of the last one, given what is not padding; each counts by its power.
-        generator: of the signs.
+        passes: forwards, each to a scalar.
 
     Returns:
         None for a use of which it is not known, as where the forward is without gradients; nothing for one that has no
@@ -58,8 +52,7 @@ def felt(
             return x.clone()  # what follows may write to it
 
         with torch.enable_grad(), Watch(weights, lambda *_: None, after):
-            run()
-            probed = probe(outputs(valid), generator)
+            probed = run()
         known = [x for _, _, x in seen if x is not None] if probed.requires_grad else []
         grads = iter(torch.autograd.grad(probed, known, allow_unused=True, materialize_grads=True) if known else ())
         for name, use, x in seen:

@@ -40,8 +40,8 @@ class GPTQ(RTN):
         grid: as there; errors are weighed by the diagonal of ``H``.
         damping: added to the diagonal of ``H`` relative to its mean.
         act_order: work on the columns by falling ``H[j, j]``.
-        hessian: whether all of what a layer sees counts alike ("inputs"), or as much as the output of its block feels
-            it ("block", see ``felt``).
+        hessian: whether all of what a layer sees counts alike ("inputs"), or as much as the output of its block
+            ("block") or of the network ("fisher") feels it (``felt``).
     """
 
     damping: float = 0.01
@@ -49,15 +49,15 @@ class GPTQ(RTN):
     hessian: str = "inputs"
     sees_inputs: ClassVar[bool] = True
     per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
-    ranges: ClassVar[Ranges] = {"bits": "1..8", "damping": "[0, inf)", "hessian": ("inputs", "block")}
+    ranges: ClassVar[Ranges] = {"bits": "1..8", "damping": "[0, inf)", "hessian": ("inputs", "block", "fisher")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.group_size != 0, "group_size is n or -1 (a row) for this method, which solves row by row")
 
     @property
-    def feels(self) -> bool:
-        return self.hessian == "block"
+    def feels(self) -> str:
+        return {"inputs": "", "block": "block", "fisher": "end"}[self.hessian]
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         if inputs is None:

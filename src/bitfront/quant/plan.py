@@ -41,6 +41,8 @@ class Calibration:
         seed: of the order of the data while tuning.
         device: to work on; None for that of the network, which all of it is on.
         offload: where what is not at work stays (``Offload``): "cpu", "disk", or "" for the device.
+        loss: of the network, a batch and a generator: with labels drawn from what the network says; None where that is
+            not known, and random signs of its outputs are taken.
     """
 
     batches: Sequence[Any]
@@ -51,6 +53,7 @@ class Calibration:
     seed: int = 0
     device: torch.device | None = None
     offload: str = ""
+    loss: Callable[[nn.Module, Any, torch.Generator], Tensor] | None = None
     rest: Offload | None = field(default=None, init=False, repr=False)
     ranges: ClassVar[Ranges] = {"offload": ("", "cpu", "disk")}
 

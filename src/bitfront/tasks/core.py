@@ -71,6 +71,13 @@ class Task:
         got, wanted = (x.float().log_softmax(-1) for x in (answers, wanted))
         return nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
 
+    def drawn_loss(self, net: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+        """The loss of a batch with labels drawn from what the network itself says, a scalar: the squares of its
+        gradients have Fisher's information as their mean."""
+        answers = self.answers(net, batch).float()
+        labels = torch.multinomial(answers.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(answers, labels.to(answers.device), reduction="sum")
+
     def use(self, net: nn.Module, batch: Any) -> Any:
         """Call the network on a batch as it is called in use; what it is called with is what counts."""
         return self.loss(net, batch)

@@ -139,6 +139,12 @@ class Separator(Task):
         sources: Tensor = net(batch.sum(1))
         return sources
 
+    def drawn_loss(self, net: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Samples times random signs, as of noise of one strength."""
+        answers = self.answers(net, batch)
+        signs = torch.randint(0, 2, answers.shape, generator=generator).to(answers) * 2 - 1
+        return (answers * signs).sum()
+
     def divergence(self, answers: Tensor, wanted: Tensor) -> Tensor:
         """Mean absolute difference of the samples."""
         return nn.functional.l1_loss(answers, wanted)
