@@ -38,6 +38,7 @@ BORN: dict[str, Any] = {
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
     "quant.moving": 0,
+    "quant.travel": 0.5,
     "quant.block_dtype": "auto",
     "quant.sft_codes": False,
     "quant.distill": 0,

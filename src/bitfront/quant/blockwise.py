@@ -213,21 +213,22 @@ class Tuning:
         return {name: p.detach().clone() for name, p in (self.norms | self.still_float).items()}
 
 
-def adam(tuning: Tuning, lr: float, steps: int) -> Tuner:
-    """Adam for values and norms, and for weights that are still float; codes move by the sign of the gradient, by half
-    a step of their grid in all.
+def adam(tuning: Tuning, lr: float, steps: int, travel: float) -> Tuner:
+    """Adam for values and norms, and for weights that are still float; codes move by the sign of the gradient, less and
+    less.
 
     Args:
         tuning: what learns.
         lr: of values and norms, in their units.
         steps: at most.
+        travel: of codes, in steps of their grids, all steps together.
     """
     places = [f.place for f in tuning.frozen.values() if isinstance(f, Moving)]
     groups: list[dict[str, Any]] = [{"params": [*tuning.values(), *tuning.norms.values()]}]
     groups += [{"params": [w], "lr": lr * FASTER * _size(w)} for w in tuning.still_float.values()]
     rates: list[Callable[[int], float]] = [lambda _: 1.0] * len(groups)
     if places:
-        groups.append({"params": places, "lr": 1 / steps, "betas": (0.0, 0.0)})
+        groups.append({"params": places, "lr": 2 * travel / steps, "betas": (0.0, 0.0)})
         rates.append(lambda n: 1 - n / steps)
     # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
     optimizer = torch.optim.Adam(groups, lr=lr, eps=1e-15)

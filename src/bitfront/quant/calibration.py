@@ -49,6 +49,7 @@ class PostTraining(Sampled):
 
     Attributes:
         moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
+        travel: how far a code can go in them, in steps of its grid.
         J: most epochs of it with the codes fixed (the paper's J), 0 for none.
         between: most epochs of it after each group of layers that share an input but the last, in which the weights of
             the others, still float, learn with them.
@@ -68,6 +69,7 @@ class PostTraining(Sampled):
     """
 
     moving: int = 0
+    travel: float = 0.5
     J: int = 0
     between: int = 0
     target: str = "network"
@@ -82,6 +84,7 @@ class PostTraining(Sampled):
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
         "moving": "0..",
+        "travel": "(0, inf)",
         "J": "0..",
         "between": "0..",
         "target": ("network", "block"),
@@ -135,7 +138,7 @@ class PostTraining(Sampled):
 
     def tuner(self, tuning: Tuning, steps: int) -> Tuner:
         """The optimizer of the block-wise stage, and the schedule of its rates."""
-        return adam(tuning, self.block_lr, steps)
+        return adam(tuning, self.block_lr, steps, self.travel)
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         """Quantize one tensor, with the settings of this instance.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.packed import Packed
 
-REACH = 0.49  # of a step: at the start, a place is as near to the weight as it can be and still have the solver's code
+REACH = 0.4  # of a step: at the start, a place is as near to the weight as it can be with the solver's code well ahead
 
 
 class Moving(Frozen):
