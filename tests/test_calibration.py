@@ -454,6 +454,24 @@ def test_a_block_is_tuned_in_the_type_that_is_asked_for() -> None:
     assert torch.bfloat16 in seen and half == pytest.approx(usual, rel=0.1) and half != usual
 
 
+def test_a_block_that_is_particular_about_types_says_so() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            out[x[:, 0] > 0] = self.first(x[x[:, 0] > 0])
+            return self.second(out)
+
+    data = Calibration([torch.randn(16, 8) for _ in range(3)], lambda net, batch: net(batch))
+    options: dict[str, Any] = {"bits": 2, "J": 1, "min_size": 0.0}
+    DecoupleQ(**options).attach(nn.Sequential(Picky()), data)
+    with pytest.raises(BitfrontError, match=r"cannot be tuned.*give block_dtype=float32"):
+        DecoupleQ(**options, block_dtype="bfloat16").attach(nn.Sequential(Picky()), data)
+
+
 def test_codes_start_where_they_are_and_move_straight_through() -> None:
     w = torch.randn(6, 10)
     packed, _ = GPTQ(bits=2, group_size=4, symmetric=True).solve(w, Moments(torch.eye(10).double()[None], 10))

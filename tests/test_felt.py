@@ -315,3 +315,54 @@ def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes
     assert all(torch.equal(again[name].codes, packed.codes) for name, packed in whole.items())
     with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
         method.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))
+
+
+def test_padding_at_the_end_of_the_network_is_not_felt() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    lengths = torch.tensor([6, 2])
+    x, here = torch.randn(2, 6, 4), torch.arange(6) < lengths[:, None]
+    weights = {"0.weight": network.get_parameter("0.weight")}
+
+    def felt_with(valid: Callable[[Any], Tensor | None]) -> Tensor:
+        data = Calibration([x], lambda net, batch: net(batch), valid=valid)
+        (use,) = felt_at_the_end(network, weights, data)["0.weight"][0]
+        assert use is not None
+        return use
+
+    padded = felt_with(lambda _: here)
+    alone = torch.cat([x[0], x[1, :2]])
+    data = Calibration([alone], lambda net, batch: net(batch))
+    (wanted,) = felt_at_the_end(network, weights, data)["0.weight"][0]
+    assert padded.shape == wanted.shape == (1, 8) and (padded > 0).all()  # type: ignore[union-attr]
+
+
+def test_states_of_another_loss_are_not_taken(tmp_path: Path) -> None:
+    def codes(folder: Path, **more: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(Masked(), nn.Linear(16, 8))
+        data = Calibration([torch.randn(64, 16)], lambda net, batch: net(batch), states=folder, **more)
+        found = GPTQ(bits=2, min_size=0.0, hessian="fisher").attach(network, data).encode()
+        return [packed.codes for packed in found.values()]
+
+    codes(tmp_path / "a")
+    taken, fresh = (codes(tmp_path / name, loss=drawn) for name in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(taken, fresh, strict=True))
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_what_cannot_be_felt_is_said() -> None:
+    class Over(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sigmoid(self.first(x))
+            h += 1  # which the gradient of the sigmoid needs as it was
+            return self.second(h)
+
+    data = Calibration([torch.randn(20, 6)], lambda net, batch: net(batch))
+    for hessian in ("block", "fisher"):
+        with pytest.raises(BitfrontError, match=r"no gradients.*give hessian=inputs"):
+            GPTQ(bits=2, min_size=0.0, hessian=hessian).attach(nn.Sequential(Over()), data)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitfront.errors import BitfrontError
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.gsq import GSQ, SHARPNESS, TEMPERATURE, Soft
 from bitfront.quant.inputs import Moments
@@ -91,3 +92,9 @@ def test_it_brings_blocks_closer_than_gptq_and_is_gptq_without_a_step() -> None:
     assert torch.equal(first.codes, plain.encode()["0.0.weight"].codes)
     assert not torch.equal(first.span, plain.encode()["0.0.weight"].span)  # the scales learn
     assert after < kept < before
+
+
+def test_a_network_without_blocks_of_several_layers_is_refused() -> None:
+    flat, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), torch.randn(8, 6)
+    with pytest.raises(BitfrontError, match="blocks of several layers"):
+        GSQ(min_size=0.0).attach(flat, Calibration([x], lambda net, batch: net(batch)))

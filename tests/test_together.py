@@ -72,21 +72,22 @@ def whole() -> Tensor:
 METHODS: dict[str, Callable[[], bitfront.PostTraining]] = {
     "gptq": lambda: GPTQ(bits=3, **ALL),
     "tuned": lambda: DecoupleQ(bits=2, J=2, held_out=0.3, **ALL),
-    "codes that move": lambda: DecoupleQ(bits=2, moving=3, **ALL),
-    "soft codes": lambda: GSQ(moving=3, **ALL),
+    "codes that move": lambda: DecoupleQ(bits=2, moving=8, held_out=0.0, **ALL),
+    "soft codes": lambda: GSQ(moving=8, held_out=0.0, **ALL),
     "exact in blocks": lambda: GPTQ(bits=2, J=2, target="block", **ALL),
     "rounded, then tuned": lambda: RTN(bits=2, J=1, **ALL),
 }
 
 
 def told(model: bitfront.QuantizedModel) -> dict[str, Any]:
+    tuned = [entry for block in model.log["blocks"] for entry in (block.get("moving", {}), block)]
     return {
         "codes": {name: packed.codes.tolist() for name, packed in model.encode().items()},
         "values": {name: packed.decode() for name, packed in model.encode().items()},
         "norms": {name: p.detach() for name, p in model.network.named_parameters() if "norm" in name},
         "inputs": {entry["name"]: entry["inputs"] for entry in model.log["layers"]},
-        "held_out": [x for block in model.log["blocks"] for x in block.get("held_out", ())],
-        "best": [block.get("best_epoch") for block in model.log["blocks"]],
+        "held_out": [x for entry in tuned for x in entry.get("held_out", ())],
+        "best": [entry.get("best_epoch") for entry in tuned],
     }
 
 

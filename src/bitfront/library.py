@@ -58,7 +58,7 @@ def quantize(
     Args:
         network: any module, on the device to work on; ``DataParallel`` and ``torch.compile`` are taken off, weights
             that it computes from others (weight norm and the like) resolved.
-        method: ``RTN``, ``GPTQ``, ``DecoupleQ`` or one of your own.
+        method: ``RTN``, ``GPTQ``, ``GSQ``, ``DecoupleQ`` or one of your own.
         data: batches of inputs, tuples or dicts, as a loader, a list or a generator gives them, of which the first
             ``method.samples`` samples count; or one tensor of samples, cut into batches of ``method.batch_size``. Round
             to nearest needs none.

@@ -102,8 +102,12 @@ def check_values(config: Config) -> None:
     if not recipe_of(config).epochs and trains(values) and "min_size" in values["quant"]:
         trained = "quant.sft=true" if calibrated(values) else f"quant={config.method}"
         raise BitfrontError(
-            f"{trained} needs training, and train.epochs=0 of task={config.task} is none; quant=rtn, gptq and "
-            "decoupleq do without, or give train.epochs=<n> if its data are enough"
+            f"{trained} needs training, and train.epochs=0 of task={config.task} is none; quant=rtn, gptq, gsq "
+            "and decoupleq do without, or give train.epochs=<n> if its data are enough"
+        )
+    if values["quant"].get("sft_codes") and (optim := recipe_of(config).optim) != "adamw":
+        raise BitfrontError(
+            f"train.optim={optim} would not move codes but to 0; give train.optim=adamw with quant.sft_codes=true"
         )
     for group, name in zip(compose.CELL, (config.task, config.method), strict=True):
         label = functools.partial(_typed, values, group)

@@ -226,6 +226,8 @@ def _attached(
         raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
     if isinstance(method, PostTraining) and device.type == "mps":
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
+    if isinstance(method, PostTraining) and method.distill and not task.answering:
+        raise BitfrontError(f"quant.distill needs {type(task).__name__}.answers: what the network says of a batch")
     pl.seed_everything(task.seed, verbose=False)
     with phase("building the network"):
         network = _network(task, origin)
@@ -280,7 +282,7 @@ def _calibration(
         batches=task.calibration(method.samples, method.batch_size, shared=True),
         run=lambda net, batch: task.loss(net, to_device(batch, device)),
         blocks=task.blocks(network),
-        loss=lambda net, batch, generator: task.drawn_loss(net, to_device(batch, device), generator),
+        loss=(lambda net, batch, rng: task.drawn_loss(net, to_device(batch, device), rng)) if task.answering else None,
         valid=task.valid,
         states=run.blocks,
         seed=task.seed,

@@ -8,7 +8,7 @@ model=    timm.<name> | torchvision.<name> | hf:<folder or .gguf> | <package.mod
 weights=  .pth, .safetensors, a file of ours | pretrained: what the library publishes; a folder of hf: has its own
 data=     a folder of images, of text or of sound; a text; <package.module>:<function> that gives batches
           with labels (class folders, text for causal networks, transcripts) the metric is measured before and after
-quant=    decoupleq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.min_size= ...
+quant=    decoupleq | gsq | gptq | rtn, with their options as in `run`: bits=, group_size=, quant.min_size= ...
 max_size= MiB that the file may have, in place of bits=: each tensor gets the width that costs least
 raw_dtype=  float16 | bfloat16: of what is not quantized, in place of float32
 classes=  outputs of the network, where they are not the class folders; labels=false leaves labels alone
@@ -146,7 +146,7 @@ def _check_method(words: list[str], source: Source, chosen: Options) -> None:
         return  # is refused with the others
     if not calibrated(compose.load([words[0], method, "data=generated"]).values):
         raise BitfrontError(
-            f"{method} is none of those after training, rtn, gptq and decoupleq; train with {module('run')} "
+            f"{method} is none of those after training, rtn, gptq, gsq and decoupleq; train with {module('run')} "
             f"{words[0]} data={chosen.data} model={chosen.model} {method}, or with bitfront.prepare in your own loop"
         )
 

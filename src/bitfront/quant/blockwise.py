@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bitfront.errors import BitfrontError
+from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.captured import Captured
 from bitfront.quant.frozen import Frozen
 from bitfront.quant.functional import call, differentiable, places
@@ -190,13 +190,25 @@ class Tuning:
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
             differentiable(self.block) if torch.is_grad_enabled() else nullcontext(),
         ):
-            output = call(self.block, weights, self.places, args, kwargs)
+            output = self._output(weights, args, kwargs)
         total = torch.zeros((), device=self.device)
         for got, wanted, scale in zip(floats(output), target, scales, strict=True):
             wanted = wanted.to(self.device).float()
             difference = _finite(wanted, got.float() - wanted).square()
             total = total + scale * kept(difference, captured.valid, self.time_last).mean()
         return total
+
+    def _output(self, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        try:
+            return call(self.block, weights, self.places, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a forward that is particular about types
+            if self.dtype == torch.float32:
+                raise
+            raise BitfrontError(
+                f"a block cannot be tuned with products in {self.dtype} ({first_line(error)}); give block_dtype=float32"
+            ) from None
 
     def _weights(self) -> dict[str, Tensor]:
         """What training sees: float32 masters, in the type of the network."""

@@ -49,7 +49,7 @@ class PostTraining(Sampled):
 
     Attributes:
         moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
-        travel: how far a code can go in them, in steps of its grid.
+        travel: how far their steps go together, in steps of the grid; codes begin at most 0.4 of one off their middle.
         J: most epochs of it with the codes fixed (the paper's J), 0 for none.
         between: most epochs of it after each group of layers that share an input but the last, in which the weights of
             the others, still float, learn with them.
@@ -205,6 +205,8 @@ def calibrate(
             found[name], entry = solve(method, name, w, None)
             log["layers"].append(entry | {"block": ""})
         return found, log
+    whole = "hessian=fisher needs gradients of the whole network at once; leave offload out"
+    check(not data.offload or method.feels != "end", whole)
     check_processes(network, method, data)
     rest = data.offloaded(network)
     with undisturbed(network), no_fast_path(), rest.streamed():
@@ -238,11 +240,16 @@ def _walk(
 ) -> Iterator[dict[str, Any]]:
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
-    at_the_end = felt_at_the_end(network, weights, data) if weights and method.feels == "end" else {}
     states = States(data.states, network, method, data) if data.states else None
+    finished = states is not None and all(states.load(n) for n in range(len(units)))
+    at_the_end: Felt = {}
+    if method.feels == "end" and units and not finished:
+        at_the_end = felt_at_the_end(network, weights, data, units[-1].time_last)
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
     tuned = {unit.block for unit in units if tunes(method, network, unit)}
+    fits = bool(tuned) or not units or not method.moving
+    check(fits, "moving= is of blocks of several layers, and the network has none")
     anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
     bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):
@@ -251,7 +258,7 @@ def _walk(
         if exact and (state or any(anew[n + 1 :])):
             exact.keep(unit)
         if state is None:
-            state = quantize_block(here, exact, method, unit, weights, n, at_the_end)
+            state = quantize_block(here, exact, method, unit, weights, at_the_end, n)
             if states:
                 states.save(n, state)
         for name, fields in state["packed"].items():
@@ -261,13 +268,15 @@ def _walk(
         yield state
 
 
-def felt_at_the_end(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> Felt:
+def felt_at_the_end(
+    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, time_last: bool = False
+) -> Felt:
     """What of the inputs of all layers the end of the float network feels.
 
-    Raises:
-        BitfrontError: not all of the network is on the device.
+    Args:
+        network, weights, data: of the calibration.
+        time_last: where padding is, in outputs, as of a ``Unit``.
     """
-    check(not data.offload, "hessian=fisher needs gradients of the whole network at once; leave offload out")
     generator, found = torch.Generator().manual_seed(data.seed + place()[0]), list[Tensor]()
 
     def probed(batch: Any) -> Tensor:
@@ -275,7 +284,8 @@ def felt_at_the_end(network: nn.Module, weights: dict[str, nn.Parameter], data: 
             return data.loss(network, copied(batch), generator)
         found.clear()
         data.forward(network, batch)
-        return probe(found, generator)
+        valid = data.valid(batch)
+        return probe([kept(x, valid, time_last) for x in found], generator)
 
     hook = network.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
     bar = Bar(data.batches, desc="what the end feels", unit="batch")
@@ -335,8 +345,8 @@ def quantize_block(
     method: PostTraining,
     unit: Unit,
     weights: dict[str, nn.Parameter],
-    n: int,
     at_the_end: Felt,
+    n: int,
 ) -> dict[str, Any]:
     """Quantize the n-th block in place, tuned to give what it gives in the float network; return its state.
 
@@ -344,8 +354,8 @@ def quantize_block(
         here: to the block through the network so far.
         exact: likewise through the float network, where its output is the target; else that is of the inputs here.
         method, unit, weights: solves the weights, those of the block, all by name.
-        n: its number.
         at_the_end: of the inputs of layers, by weight, what the end of the float network feels, if that counts.
+        n: its number.
     """
     began = time.perf_counter()
     work = _Block(here, method, unit, weights, here.data.seed + n, at_the_end)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.inputs import Accumulator, Moments, Watch
 from bitfront.quant.together import gathered
 from bitfront.quant.uses import Form, Parts, Use
@@ -54,7 +55,7 @@ def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
         with torch.enable_grad(), Watch(weights, lambda *_: None, after):
             probed = run()
         known = [x for _, _, x in seen if x is not None] if probed.requires_grad else []
-        grads = iter(torch.autograd.grad(probed, known, allow_unused=True, materialize_grads=True) if known else ())
+        grads = iter(_gradients(probed, known) if known else ())
         for name, use, x in seen:
             assert use.felt is not None
             g = None if x is None else next(grads, None)
@@ -63,6 +64,15 @@ def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
             else:
                 found[name][n].append(use.felt(g.float().square(), valid).cpu())
     return found
+
+
+def _gradients(probed: Tensor, of: list[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(probed, of, allow_unused=True, materialize_grads=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a forward that writes over what its gradient needs
+        raise BitfrontError(f"the network has no gradients ({first_line(error)}); give hessian=inputs") from None
 
 
 def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -6,8 +6,8 @@ to what the float block makes of the same inputs.
 
 Up to 2 bits ``v`` is the whole grid, else the code and two values on each side of it. τ falls from 2 to 0.05 and κ
 grows from 100 to 500, both linearly; in the end each weight takes the value of its largest logit. Lion moves a logit by
-at most its rate, so that all of them can travel as far in few steps as in the paper's 640: 0.128 in all, where two
-neighbours start 0.03 apart.
+at most its rate, so that all of them can travel as far in few steps as in the paper's 640: by 0.07 along the cosine of
+the rate, where two neighbours start 0.03 apart.
 
 Differs from the official code: a block is tuned as a whole, not attention first and MLP then; the rate of scales is
 relative to them; the best epoch on held-out inputs counts, with GPTQ's solution among the candidates, for which the
@@ -33,7 +33,7 @@ from bitfront.quant.packed import Packed
 from bitfront.ranges import Ranges
 
 TEMPERATURE, SHARPNESS = (2.0, 0.05), (100.0, 500.0)  # τ and κ, at the first and at the last step
-TRAVEL = 0.128  # peak rate of the logits, over all steps
+TRAVEL = 0.128  # peak rate of the logits, times the steps
 SCALES = 5e-3  # rate of the scales, relative to them: the paper's 1e-4 at its usual scale of 0.02
 FLOOR = 0.1  # of both rates, at the end of their cosine
 AROUND = 2  # neighbours on each side, above 2 bits
@@ -55,22 +55,25 @@ class Soft(Frozen):
         self, packed: Packed, symmetric: bool = True, std: float = 0.01, strength: float = 6.0, seed: int = 0
     ) -> None:
         super().__init__(packed, True, symmetric)
-        self.generator = torch.Generator(packed.codes.device).manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator(packed.codes.device).manual_seed(seed)
         codes = packed.codes.long()
         choices = self.levels + 1 if self.levels < 4 else 2 * AROUND + 1
-        self.register_buffer("first", torch.zeros_like(codes) if self.levels < 4 else codes - AROUND)
-        at = self.get_buffer("first")[..., None] + torch.arange(choices, device=codes.device)
+        first = torch.zeros_like(codes) if self.levels < 4 else codes - AROUND
+        self.register_buffer("first", first.short())
+        at = first[..., None] + torch.arange(choices, device=codes.device)
         self.register_buffer("outside", (at < 0) | (at > self.levels))
         near = -(at - codes[..., None]).float().square() / 2
         noise = torch.empty_like(near).normal_(generator=self.generator)
         logits = std * (noise + strength * (near - near.mean(-1, keepdim=True)))
-        own = (codes - self.get_buffer("first"))[..., None]
+        own = (codes - first)[..., None]
         most = logits.masked_fill(self.get_buffer("outside"), -torch.inf).argmax(-1, keepdim=True)
         both = logits.gather(-1, torch.cat([most, own], -1))
         self.logits = nn.Parameter(logits.scatter(-1, torch.cat([own, most], -1), both))
         self.at(0.0)
 
     def at(self, share: float) -> None:
+        # The same noise in all processes, also in one that has no part of a batch.
+        self.generator.manual_seed(zlib.crc32(f"{self.seed} {share}".encode()))
         self.temperature, self.sharpness = (a + (b - a) * share for a, b in (TEMPERATURE, SHARPNESS))
 
     def codes(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.artifact import write_atomically
 from bitfront.quant.blockwise import floats
+from bitfront.quant.captured import copied
 from bitfront.quant.core import Method
 from bitfront.quant.plan import Calibration
 from bitfront.quant.together import gathered, of_first, place
@@ -54,6 +55,9 @@ class States:
         with undisturbed(network), torch.random.fork_rng():
             torch.manual_seed(0)
             result = [_told(t) for batch in data.batches[:1] for t in floats(data.forward(network, batch))]
+            if data.loss and getattr(method, "feels", "") == "end":
+                seeded = torch.Generator().manual_seed(0)
+                result += [_told(data.loss(network, copied(batch), seeded)) for batch in data.batches[:1]]
         own = fingerprint(network.state_dict(), result, method, data.batches, valid, data.blocks, data.seed)
         everyone = gathered(own)
         self.folder = folder / (own if len(everyone) == 1 else fingerprint(*everyone))

@@ -62,6 +62,11 @@ class Task:
         """The training loss of a batch, a scalar."""
         raise NotImplementedError
 
+    @property
+    def answering(self) -> bool:
+        """Whether it has ``answers``, which distillation and Fisher's information are of."""
+        return type(self).answers is not Task.answers
+
     def answers(self, net: nn.Module, batch: Any) -> Tensor:
         """What the network makes of a batch, where it counts: logits ``[n, classes]``, or what ``divergence`` takes."""
         raise NotImplementedError
@@ -75,6 +80,8 @@ class Task:
         """The loss of a batch with labels drawn from what the network itself says, a scalar: the squares of its
         gradients have Fisher's information as their mean."""
         answers = self.answers(net, batch).float()
+        if not torch.isfinite(answers).all():
+            raise BitfrontError("the network's answers hold NaN or infinity, also before it is quantized")
         labels = torch.multinomial(answers.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         return nn.functional.cross_entropy(answers, labels.to(answers.device), reduction="sum")
 
