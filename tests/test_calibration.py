@@ -393,17 +393,19 @@ def test_the_block_wise_stage_makes_up_for_the_errors_of_earlier_blocks() -> Non
         DecoupleQ(target="layer")
 
 
-def test_what_is_still_float_makes_up_for_the_layers_before_it() -> None:
-    def tuned(**options: Any) -> tuple[float, Any]:
-        torch.manual_seed(0)
-        network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
-        data = Calibration([torch.randn(32, 16) for _ in range(9)], lambda net, batch: net(batch))
-        wanted = output(network, data)
-        model = DecoupleQ(bits=2, min_size=0.0, block_lr=2e-3, **options).attach(network, data).eval()
-        return (output(model, data) - wanted).square().mean().item(), model
+def tuned(samples: int, **options: Any) -> tuple[float, Any]:
+    """Two gated blocks at 2 bits, and the error that is left of what they give."""
+    torch.manual_seed(0)
+    network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
+    data = Calibration([torch.randn(32, 16) for _ in range(samples)], lambda net, batch: net(batch))
+    wanted = output(network, data)
+    model = DecoupleQ(bits=2, min_size=0.0, block_lr=2e-3, **options).attach(network, data).eval()
+    return (output(model, data) - wanted).square().mean().item(), model
 
-    without, plain = tuned(J=6)
-    error, model = tuned(J=6, between=6)
+
+def test_what_is_still_float_makes_up_for_the_layers_before_it() -> None:
+    without, plain = tuned(9, J=6)
+    error, model = tuned(9, J=6, between=6)
     assert error < 0.9 * without
     for name, packed in plain.encode().items():
         first = name in ("0.0.gate.weight", "0.0.up.weight")  # solved before anything is tuned
@@ -411,21 +413,13 @@ def test_what_is_still_float_makes_up_for_the_layers_before_it() -> None:
     for block in model.log["blocks"]:
         (between,) = block["between"]  # of two groups of layers
         assert between["held_out"][between["best_epoch"]] == min(between["held_out"]) and len(block["held_out"]) > 1
-    alone, _ = tuned(J=0, between=6)
-    assert alone < tuned(J=0)[0]
+    alone, _ = tuned(9, J=0, between=6)
+    assert alone < tuned(9, J=0)[0]
 
 
 def test_codes_that_move_bring_a_block_closer() -> None:
-    def tuned(**options: Any) -> tuple[float, Any]:
-        torch.manual_seed(0)
-        network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
-        data = Calibration([torch.randn(32, 16) for _ in range(17)], lambda net, batch: net(batch))
-        wanted = output(network, data)
-        model = DecoupleQ(bits=2, min_size=0.0, block_lr=2e-3, **options).attach(network, data).eval()
-        return (output(model, data) - wanted).square().mean().item(), model
-
-    without, plain = tuned(J=6)
-    error, model = tuned(J=6, moving=20)
+    without, plain = tuned(17, J=6)
+    error, model = tuned(17, J=6, moving=20)
     assert error < 0.9 * without
     for name, packed in plain.encode().items():
         moved = packed.codes.int() - model.encode()[name].codes.int()
