@@ -317,6 +317,19 @@ def test_of_files_that_fit_the_one_with_the_best_validation_metric_is_shown(tmp_
     ]
 
 
+def test_what_all_shown_files_share_is_said_once(tmp_path: Path) -> None:
+    def run(method: str, size: int, setting: str) -> Record:
+        return fake(method, size, 80.0, setting=setting, metrics={"test": {"top1": 80.0}, "valid": {"top1": size}})
+
+    half = "trainer.precision=bf16-mixed"
+    runs = [run("lsq", 30, f"bits=3 {half}"), run("rtn", 40, f"bits=4 {half}"), run("rtn", 20, "bits=2")]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- sizes:vit 1 -->\n<!-- end -->\n")
+    fill(page, {"vit": rows(runs)})
+    text = page.read_text()
+    assert "(bits=3)" in text and "(bits=4)" in text and text.count(half) == 1 and f"all with {half}" in text
+
+
 @pytest.mark.parametrize("block", ["table:", "sizes:vit", "sizes:vit 1,,2", "sizes: 1"])
 def test_a_block_that_lacks_something_is_named(tmp_path: Path, block: str) -> None:
     page = tmp_path / "page.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import isfinite
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bitfront.cells import compose
 from bitfront.errors import BitfrontError
 from bitfront.reports.columns import arrow, metric
 from bitfront.reports.papers import spelled
-from bitfront.reports.rows import MIB, Row
+from bitfront.reports.rows import MIB, Row, share
 from bitfront.reports.tables import markdown, notes, piped
 
 
@@ -93,6 +94,9 @@ def at_most(table: Sequence[Row], limits: Sequence[float]) -> str:
         own = [(good, row) for good, row in rated if len(row.records) == most]
         fitting = [[(good, row) for good, row in own if row.size <= limit * MIB and isfinite(good)] for limit in limits]
         chosen[method] = [max(pairs, key=lambda pair: pair[0])[1] if pairs else None for pairs in fitting]
+    shown = {id(row): copy(row) for found in chosen.values() for row in found if row}
+    share([*shown.values()])  # which may be more than all rows of the task do
+    chosen = {method: [shown[id(row)] if row else None for row in found] for method, found in chosen.items()}
     best = [
         max((row.better(row.value) for row in column if row), default=None)
         for column in zip(*chosen.values(), strict=True)

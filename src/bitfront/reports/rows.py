@@ -208,7 +208,7 @@ def rows(records: Iterable[Record], papers: Sequence[Published] = ()) -> list[Ro
         own = [row for row in table if row.task == task]
         for row in front(own):
             row.best = True
-        _share(own)
+        share(own)
     return table
 
 
@@ -227,8 +227,8 @@ def _over_seeds(records: Iterable[Record]) -> list[list[Record]]:
     return [sorted(group, key=lambda r: (r.seed, r.id)) for group in groups.values()]
 
 
-def _share(table: Sequence[Row]) -> None:
-    """Tell the rows of a task what they share, if there are several."""
+def share(table: Sequence[Row]) -> None:
+    """Tell the rows of a table what they share, if there are several."""
     common = frozenset.intersection(*(frozenset(words(row.setting)) for row in table))
     if len(table) > 1:
         for row in table:
