@@ -241,9 +241,8 @@ def _walk(
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
-    finished = states is not None and all(states.load(n) for n in range(len(units)))
     at_the_end: Felt = {}
-    if method.feels == "end" and units and not finished:
+    if method.feels == "end" and units and not (states and all(map(states.load, range(len(units))))):
         at_the_end = felt_at_the_end(network, weights, data, units[-1].time_last)
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
