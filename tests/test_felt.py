@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
+from bitfront.quant import calibration
 from bitfront.quant.calibration import felt_at_the_end
 from bitfront.quant.felt import FLOOR, Felt, Sums, felt, probe
 from bitfront.quant.gptq import GPTQ
@@ -301,7 +302,9 @@ def test_answers_are_closer_where_the_end_says_what_matters() -> None:
     assert labels[0] < 0.96 * plain[0] and signs[1] < 0.96 * plain[1]
 
 
-def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def network() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)])
@@ -313,6 +316,9 @@ def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes
     next(tmp_path.glob("*/0002.pt")).unlink()
     again = method.attach(network(), Calibration(x, lambda net, batch: net(batch), states=tmp_path)).encode()
     assert all(torch.equal(again[name].codes, packed.codes) for name, packed in whole.items())
+    with monkeypatch.context() as patch:  # all of it is there
+        patch.setattr(calibration, "felt_at_the_end", None)
+        method.attach(network(), Calibration(x, lambda net, batch: net(batch), states=tmp_path))
     with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
         method.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))
 
