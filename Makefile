@@ -57,6 +57,7 @@ publish:  ## Copy the finished records below runs/ to results/records
 
 results: .venv/installed  ## Regenerate tables, figures and the READMEs' blocks from results/records
 	$(PY) -m src.report results/records out=results readme=README.md,results/README.md
+	$(PY) -m src.report results/scales out=results/scales
 
 wandb-dashboard: .venv/installed  ## Make views of runs/ in Weights & Biases; ARGS=dry_run=true prints them
 	$(PY) -m src.dashboard $(ARGS)

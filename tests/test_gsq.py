@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfront.errors import BitfrontError
 from bitfront.quant.gptq import GPTQ
 from bitfront.quant.gsq import GSQ, SHARPNESS, TEMPERATURE, Soft
 from bitfront.quant.inputs import Moments
@@ -94,7 +94,12 @@ def test_it_brings_blocks_closer_than_gptq_and_is_gptq_without_a_step() -> None:
     assert after < kept < before
 
 
-def test_a_network_without_blocks_of_several_layers_is_refused() -> None:
+def test_what_is_in_no_block_of_several_layers_stays_as_gptq_leaves_it() -> None:
+    torch.manual_seed(0)
     flat, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), torch.randn(8, 6)
-    with pytest.raises(BitfrontError, match="blocks of several layers"):
-        GSQ(min_size=0.0).attach(flat, Calibration([x], lambda net, batch: net(batch)))
+    found = [
+        GSQ(min_size=0.0, moving=n).attach(copy.deepcopy(flat), Calibration([x], lambda net, batch: net(batch)))
+        for n in (0, 3)
+    ]
+    for name, packed in found[0].encode().items():
+        assert torch.equal(packed.decode(), found[1].encode()[name].decode())

@@ -385,7 +385,8 @@ def test_readme_and_results_are_what_the_records_say(tmp_path: Path) -> None:
 def test_numbers_in_the_prose_of_results_are_in_its_tables() -> None:
     text = (REPOSITORY / "results" / "README.md").read_text()
     tables = "".join(re.findall(r"<!-- \w+:.*?<!-- end -->", text, re.DOTALL))
-    tables += "".join(path.read_text() for path in (REPOSITORY / "results" / "benchmarks").glob("*.md"))
+    more = [path for part in ("benchmarks", "scales") for path in (REPOSITORY / "results" / part).glob("*.md")]
+    tables += "".join(path.read_text() for path in more)
     prose = re.sub(r"<!-- \w+:.*?<!-- end -->", "", text, flags=re.DOTALL)
     numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", prose))
     assert numbers

@@ -247,8 +247,6 @@ def _walk(
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
     tuned = {unit.block for unit in units if tunes(method, network, unit)}
-    fits = bool(tuned) or not units or not method.moving
-    check(fits, "moving= is of blocks of several layers, and the network has none")
     anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
     bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):

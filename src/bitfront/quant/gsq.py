@@ -93,7 +93,7 @@ class Soft(Frozen):
 
 @dataclass(kw_only=True)
 class GSQ(GPTQ):
-    """GSQ.
+    """GSQ. What is in no block of several layers stays as GPTQ leaves it.
 
     Attributes:
         moving: epochs.
