@@ -43,7 +43,6 @@ class Recipe(Protocol):
 
     held_out: float
     patience: int
-    block_lr: float
 
     def tuner(self, tuning: Tuning, steps: int) -> Tuner:
         """What takes so many steps, at most."""
