@@ -28,9 +28,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bitfront.cells import provenance
-from bitfront.quant.diffq import DiffQ
+from bitfront.quant.methods.diffq import DiffQ
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.packed import pack, unpack
+from bitfront.quant.storage.packed import pack, unpack
 
 OUT = Path("results/benchmarks")
 CODES = 8_000_000

@@ -25,10 +25,10 @@ from bitfront.cells.provenance import environment
 from bitfront.exports.onnx.examples import SAMPLES, Example
 from bitfront.exports.onnx.network import Exported, export
 from bitfront.library import call, prepare, quantize
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.diffq import DiffQ
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.rtn import RTN
+from bitfront.quant.methods.diffq import DiffQ
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.storage.artifact import Artifact
 
 OUT = Path("results/benchmarks")
 TASKS = {"vit": [], "resnet": [], "lm": ["task.data=generated"], "asr": ["task.data=tones"]}

@@ -41,7 +41,7 @@ from bitfront.cells.provenance import environment
 from bitfront.commands.options import options
 from bitfront.errors import BitfrontError
 from bitfront.models import hf
-from bitfront.quant.artifact import write_atomically
+from bitfront.quant.storage.artifact import write_atomically
 
 OUT, ENVIRONMENTS = Path("results/benchmarks"), Path(".peers")
 BITS, GROUP = (2, 3), 64

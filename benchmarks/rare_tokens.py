@@ -20,7 +20,7 @@ from bitfront.cells.flow import build_task
 from bitfront.cells.provenance import environment
 from bitfront.cells.runs import Run
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.tasks.language import Language
 
 OUT = Path("results/benchmarks")

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from bitfront.cells import provenance
-from bitfront.quant.decoupleq import DecoupleQ
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Moments
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.methods.decoupleq import DecoupleQ
+from bitfront.quant.methods.gptq import GPTQ
 
 OUT = Path("results/benchmarks")
 SAMPLES = 3072

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.commands import start
-from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import Method
-from bitfront.quant.inputs import Accumulator, Moments, Watch
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.plan import Calibration
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from bitfront import GPTQ, LSQ, RTN, DecoupleQ
 from bitfront.errors import ArtifactError
-from bitfront.quant import entropy
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed, grouped, ordered, pack, packed_bytes, restored, ungrouped, unpack
-from bitfront.quant.rounding import round_to_nearest
-from bitfront.quant.scales import Scales
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.storage import entropy
+from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.packed import Packed, grouped, ordered, pack, packed_bytes, restored, ungrouped, unpack
+from bitfront.quant.storage.rounding import round_to_nearest
+from bitfront.quant.storage.scales import Scales
 from bitfront.standalone import load
 
 
@@ -546,7 +546,7 @@ def test_a_large_network_is_filled_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
         sizes.append(len(state))
         return load(self, state, **options)
 
-    monkeypatch.setattr("bitfront.quant.artifact.PART", 0)
+    monkeypatch.setattr("bitfront.quant.storage.artifact.PART", 0)
     monkeypatch.setattr(nn.Module, "load_state_dict", counted)
     stored.load_into(other)
     assert max(sizes) == 2  # a tensor and its alias

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import bitfront
 from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, Calibration, DecoupleQ, DiffQ
 from bitfront.cells.record import read_all
-from bitfront.quant.budget import Option, allocate
-from bitfront.quant.inputs import Moments
-from bitfront.quant.sensitivity import error, gradients, price
-from bitfront.quant.sized import _tried
+from bitfront.quant.engine.budget import Option, allocate
+from bitfront.quant.engine.sensitivity import error, gradients, price
+from bitfront.quant.engine.sized import _tried
+from bitfront.quant.layers.inputs import Moments
 
 MIB = 2**20
 EVERY: dict[str, Any] = {"min_size": 0.0005, "exclude": ["bias"]}

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from bitfront.errors import BitfrontError
-from bitfront.quant import calibration
-from bitfront.quant.blockwise import Tuning
-from bitfront.quant.calibration import PostTraining, calibrate
-from bitfront.quant.captured import Captured
-from bitfront.quant.decoupleq import DecoupleQ
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Accumulator, Moments, Watch
+from bitfront.quant.engine import calibration
+from bitfront.quant.engine.blockwise import Tuning
+from bitfront.quant.engine.calibration import PostTraining, calibrate
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.moving import Moving
+from bitfront.quant.engine.plan import Calibration, plan
+from bitfront.quant.forwards.captured import Captured
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch
+from bitfront.quant.layers.uses import steps
+from bitfront.quant.methods.decoupleq import DecoupleQ
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.methods.rtn import RTN
 from bitfront.quant.model import eligible
-from bitfront.quant.moving import Moving
-from bitfront.quant.plan import Calibration, plan
-from bitfront.quant.rtn import RTN
-from bitfront.quant.uses import steps
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_quadratic_form_is_the_error_of_the_output(
         layer.weight.copy_(w)
     wanted = (wrong - right).square().sum() / right.square().sum()
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
-    monkeypatch.setattr("bitfront.quant.convolutions.CHUNK", 1)  # sample by sample
+    monkeypatch.setattr("bitfront.quant.layers.convolutions.CHUNK", 1)  # sample by sample
     assert seen_by(layer, "weight", (x,)).relative_loss(w, changed) == pytest.approx(wanted.item(), rel=1e-4)
 
 

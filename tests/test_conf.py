@@ -191,7 +191,7 @@ def test_flags_and_facts(words: tuple[str, ...], answer: str) -> None:
 
 OWN = """
 from dataclasses import dataclass
-from bitfront.quant.ste import STE
+from bitfront.quant.methods.ste import STE
 
 @dataclass(kw_only=True)
 class Mine(STE):
@@ -246,7 +246,7 @@ def test_ones_own_have_names_of_their_own_and_every_command_knows_them(
 def test_tasks_and_methods_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--config-dir`` has yaml files beside ours, and with them code of the user's."""
     (tmp_path / "conf" / "quant").mkdir(parents=True)
-    text = compose.file("quant", "ste").read_text().replace("bitfront.quant.ste.STE", "my_methods.Mine")
+    text = compose.file("quant", "ste").read_text().replace("bitfront.quant.methods.ste.STE", "my_methods.Mine")
     (tmp_path / "conf" / "quant" / "mine.yaml").write_text(text)
     (tmp_path / "my_methods.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -19,7 +19,7 @@ import bitfront
 from bitfront.cells import compose
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import read_all
-from bitfront.quant.sharded import whole
+from bitfront.quant.forwards.sharded import whole
 
 TASKS = ("asr", "lm", "resnet", "separation", "vit")
 METHODS: dict[str, Callable[[], bitfront.Method]] = {

@@ -14,7 +14,7 @@ from torch import nn
 
 import bitfront
 from bitfront import GPTQ, RTN, Artifact, DiffQ
-from bitfront.quant.packed import Packed
+from bitfront.quant.storage.packed import Packed
 
 EVERY: dict[str, Any] = {"min_size": 0.0002, "exclude": ["bias"]}
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
-from bitfront.quant import calibration
-from bitfront.quant.calibration import felt_at_the_end
-from bitfront.quant.felt import FLOOR, Felt, Sums, felt, probe
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Watch
-from bitfront.quant.plan import Calibration
+from bitfront.quant.engine import calibration
+from bitfront.quant.engine.calibration import felt_at_the_end
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.layers.felt import FLOOR, Felt, Sums, felt, probe
+from bitfront.quant.layers.inputs import Watch
+from bitfront.quant.methods.gptq import GPTQ
 
 PROBES = 3000
 

@@ -23,7 +23,7 @@ from bitfront.data.images import class_folders
 from bitfront.downloads import Package
 from bitfront.errors import BitfrontError
 from bitfront.models import pretrained
-from bitfront.quant.weights import load_weights
+from bitfront.quant.storage.weights import load_weights
 
 
 class FakeCIFAR:

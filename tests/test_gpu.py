@@ -15,8 +15,8 @@ import bitfront
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method
 from bitfront.cells.record import read_all
-from bitfront.quant.artifact import Artifact
 from bitfront.quant.core import Trained
+from bitfront.quant.storage.artifact import Artifact
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.gsq import GSQ, SHARPNESS, TEMPERATURE, Soft
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed
-from bitfront.quant.plan import Calibration
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.methods.gsq import GSQ, SHARPNESS, TEMPERATURE, Soft
+from bitfront.quant.storage.packed import Packed
 
 
 def solved(bits: int) -> tuple[Tensor, Packed]:

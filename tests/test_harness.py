@@ -16,7 +16,7 @@ from test_quantize import hf, story
 from tokenizers import Tokenizer
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.tasks.harness import Harness, Score, _check, _scores
 
 DATA = "dataset_path: json\ndataset_kwargs: {{data_files: {{test: {}}}}}\ntest_split: test\n"

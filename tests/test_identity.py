@@ -155,7 +155,7 @@ def test_what_an_id_promises(own: Callable[..., str], monkeypatch: pytest.Monkey
     monkeypatch.setitem(identity.BORN, "quant.dither", False)
     assert own(file, ("  extra_bits: 0\n", "  extra_bits: 0\n  dither: false\n")) == before["diffq"]
     assert own(file, ("  extra_bits: 0\n", "  extra_bits: 0\n  dither: true\n")) != before["diffq"]
-    assert own(file, ("bitfront.quant.diffq.DiffQ", "bitfront.moved.Renamed")) == before["diffq"]
+    assert own(file, ("bitfront.quant.methods.diffq.DiffQ", "bitfront.moved.Renamed")) == before["diffq"]
     assert own("task/vit.yaml", ("bitfront.tasks.vision.Vision", "elsewhere.Other")) == before["diffq"]
     assert own(file, ("max_bits: 15", "max_bits: 12")) != before["diffq"]
     assert own(file, ("max_bits: 15", "max_bits: 12"), words=(*words, "quant.max_bits=15")) == before["diffq"]

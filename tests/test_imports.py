@@ -34,9 +34,18 @@ MAY = {  # what each floor may import, besides itself
     "": {"library", "quant", "errors"},
 }
 
+ROOMS = {  # what each part of ``quant`` may import of the others; "" are the files beside them
+    "forwards": set(),
+    "storage": {"forwards"},
+    "layers": {"storage", "forwards"},
+    "": {"storage", "forwards"},
+    "engine": {"", "layers", "storage", "forwards"},
+    "methods": {"engine", "", "layers", "storage", "forwards"},
+}
+
 
 def module(path: Path) -> str:
-    """``quant.packed`` of ``src/bitfront/quant/packed.py``."""
+    """``quant.storage.packed`` of ``src/bitfront/quant/storage/packed.py``."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
@@ -73,6 +82,16 @@ def test_arrows_point_down(name: str) -> None:
     assert {other.partition(".")[0] for other in arrows(name)} <= {floor, *MAY[floor]}
     if floor in ("quant", "tasks", "data", "models"):
         assert not {other.partition(".")[0] for other in imported(SOURCES[name])} & FRAMEWORKS
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("quant.") and name != "quant."])
+def test_arrows_point_down_within_quant(name: str) -> None:
+    def room(module: str) -> str:
+        parts = module.split(".")[1:]
+        return parts[0] if parts and parts[0] in ROOMS else ""
+
+    inner = {room(other) for other in arrows(name) if other.startswith("quant.")}
+    assert inner <= {room(name), *ROOMS[room(name)]}
 
 
 def test_wandb_is_imported_in_one_file() -> None:

@@ -22,8 +22,8 @@ from bitfront.data import docstrings, text
 from bitfront.data.corpus import SPLITS, Windows
 from bitfront.errors import BitfrontError
 from bitfront.models.transformer_lm import TransformerLM, sinusoids
+from bitfront.quant.engine.plan import Calibration, plan
 from bitfront.quant.model import MB, eligible
-from bitfront.quant.plan import Calibration, plan
 from bitfront.tasks.batches import EpochBatches
 from bitfront.tasks.language import Language, WikiText103
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 from torch import Tensor, nn
 
-from bitfront.quant import calibration, route
-from bitfront.quant.calibration import calibrate
-from bitfront.quant.decoupleq import DecoupleQ
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.plan import Calibration, plan
+from bitfront.quant.engine import calibration, route
+from bitfront.quant.engine.calibration import calibrate
+from bitfront.quant.engine.plan import Calibration, plan
+from bitfront.quant.methods.decoupleq import DecoupleQ
+from bitfront.quant.methods.gptq import GPTQ
 
 ALL: dict[str, Any] = {"min_size": 0.0}
 

@@ -25,8 +25,8 @@ from bitfront.data.texts import apart
 from bitfront.errors import BitfrontError
 from bitfront.models import hf as saved
 from bitfront.models import named
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.rtn import RTN
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.tasks.llm import LanguageModel
 
 CONTEXT = 32

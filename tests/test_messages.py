@@ -26,7 +26,7 @@ from bitfront.cells.record import Record, read_all
 from bitfront.cells.usage import usage
 from bitfront.errors import BitfrontError
 from bitfront.progress import Bar, clear, phase
-from bitfront.quant import calibration
+from bitfront.quant.engine import calibration
 from bitfront.sweeps.beforehand import SHOWN
 from bitfront.sweeps.forecast import Planned, estimate, summary
 from bitfront.tasks.recipe import Recipe

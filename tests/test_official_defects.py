@@ -14,13 +14,13 @@ from torch import nn
 
 from bitfront.cells.check import check
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.diffq import DiffQ, DiffQQuantizer
-from bitfront.quant.lsq import LSQ
+from bitfront.quant.methods.diffq import DiffQ, DiffQQuantizer
+from bitfront.quant.methods.lsq import LSQ
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.methods.ste import STE
 from bitfront.quant.model import eligible
 from bitfront.quant.optimizer import Joint
-from bitfront.quant.rtn import RTN
-from bitfront.quant.ste import STE
+from bitfront.quant.storage.artifact import Artifact
 
 
 def stored_widths(path: Path) -> dict[str, torch.Tensor]:

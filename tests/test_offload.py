@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 import bitfront
 from bitfront.errors import BitfrontError
-from bitfront.quant import calibration
-from bitfront.quant.offload import Offload, mapped
-from bitfront.quant.plan import blocks
-from bitfront.quant.route import Route
+from bitfront.quant.engine import calibration
+from bitfront.quant.engine.plan import blocks
+from bitfront.quant.engine.route import Route
+from bitfront.quant.forwards.offload import Offload, mapped
 
 
 @pytest.fixture

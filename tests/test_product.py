@@ -15,7 +15,7 @@ from bitfront.cells.batchnorm import reestimate
 from bitfront.cells.cell import Cell
 from bitfront.cells.flow import build_task
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 
 DEFAULTS = ("asr", "lm", "resnet", "separation", "vit")
 

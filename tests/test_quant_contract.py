@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method
-from bitfront.quant.artifact import Artifact
 from bitfront.quant.core import Float, Method, Trained
 from bitfront.quant.model import MB, QuantizedModel
+from bitfront.quant.storage.artifact import Artifact
 
 Tiny = tuple[type[nn.Module], Tensor]
 MIN_SIZE = 100 * 4 / MB  # tensors of more than 100 values

@@ -14,13 +14,13 @@ from conftest import attach
 from torch import Tensor, nn
 
 from bitfront.quant.core import Float, Trained
-from bitfront.quant.diffq import DiffQ, DiffQQuantizer
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.lsq import LSQ, LSQQuantizer
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.methods.diffq import DiffQ, DiffQQuantizer
+from bitfront.quant.methods.lsq import LSQ, LSQQuantizer
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.methods.ste import STE
 from bitfront.quant.model import MB, QuantizedModel, eligible
-from bitfront.quant.rounding import round_to_nearest
-from bitfront.quant.rtn import RTN
-from bitfront.quant.ste import STE
+from bitfront.quant.storage.rounding import round_to_nearest
 
 
 @cache

@@ -22,7 +22,7 @@ from bitfront.cells.check import check
 from bitfront.cells.compose import Config
 from bitfront.cells.flow import build_method, build_task
 from bitfront.quant.core import Float, Method
-from bitfront.quant.ste import STE
+from bitfront.quant.methods.ste import STE
 from bitfront.sweeps.recipes import lines, recipes
 
 RECIPES = REPOSITORY / "recipes"

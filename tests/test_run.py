@@ -23,7 +23,7 @@ from bitfront.cells.trainer import check_checkpoint
 from bitfront.commands.evaluate import compared
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu")
 
@@ -230,7 +230,7 @@ def test_killed_and_rerun_ends_like_an_uninterrupted_run(root: Path, tmp_path: P
 KILLED_CALIBRATING = """
 import os, signal, sys
 from bitfront.cells.cell import Cell
-from bitfront.quant import calibration
+from bitfront.quant.engine import calibration
 real = calibration.quantize_block
 def quantize(*arguments):
     if arguments[-1] == 1:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import BitfrontError
-from bitfront.quant import solver
-from bitfront.quant.calibration import PostTraining
-from bitfront.quant.decoupleq import DecoupleQ
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed
-from bitfront.quant.rounding import round_to_nearest
-from bitfront.quant.rtn import RTN
-from bitfront.quant.scales import Scales
-from bitfront.quant.solver import Curvature, Grid, Layer, Solution
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.layers import solver
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.layers.solver import Curvature, Grid, Layer, Solution
+from bitfront.quant.methods.decoupleq import DecoupleQ
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.rounding import round_to_nearest
+from bitfront.quant.storage.scales import Scales
 
 
 def moments(columns: int, seed: int, samples: int | None = None, batch: int = 1) -> Tensor:

@@ -25,12 +25,12 @@ from bitfront.data.speech import LABELS, InMemory, LogMel, SpecAugment, decode, 
 from bitfront.errors import BitfrontError
 from bitfront.models.conformer_ctc import ConformerCTC, behind
 from bitfront.models.wav2vec2 import BASE, TINY, Wav2Vec2CTC, plain, published
-from bitfront.quant.blockwise import Captured, Tuning
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Accumulator, Moments, Watch
+from bitfront.quant.engine.blockwise import Captured, Tuning
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.plan import Calibration, plan
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch
+from bitfront.quant.methods.gptq import GPTQ
 from bitfront.quant.model import eligible
-from bitfront.quant.plan import Calibration, plan
 from bitfront.tasks.speech import Speech, greedy
 
 

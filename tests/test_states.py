@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bitfront
 from bitfront import GPTQ, BitfrontError
-from bitfront.quant.states import fingerprint
+from bitfront.quant.engine.states import fingerprint
 
 METHOD = GPTQ(bits=3, min_size=0.0, exclude=["bias"])
 MIXING = torch.diag(torch.linspace(0.01, 5, 16)) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_what_is_in_a_batch_twice_counts_twice() -> None:
 
 def test_another_process_and_other_random_numbers_find_the_same(tmp_path: Path) -> None:
     batch = [{"a", "b", "c", "d", "e"}, {"x": 1}]
-    code = f"from bitfront.quant.states import fingerprint; print(fingerprint({batch}))"
+    code = f"from bitfront.quant.engine.states import fingerprint; print(fingerprint({batch}))"
     seeded = os.environ | {"PYTHONHASHSEED": "7"}
     found = subprocess.run([sys.executable, "-c", code], env=seeded, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == fingerprint(batch)

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitfront
 from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, DecoupleQ, DiffQ, Packed
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.inputs import Moments
-from bitfront.quant.plan import blocks
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.plan import blocks
+from bitfront.quant.layers.inputs import Moments
 
 EVERY = {"min_size": 0.0005}  # MB, so that small layers are quantized
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bitfront
 from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, Calibration, DecoupleQ, DiffQ
-from bitfront.quant.captured import copied
-from bitfront.quant.parametrized import duplicate
+from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.parametrized import duplicate
 
 ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["bias"]}
 
@@ -478,7 +478,7 @@ def test_layers_that_are_called_norms_and_hold_matrices_are_no_norms() -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.ones(16))
 
-    found = bitfront.quant.blockwise.norm_parameters(
+    found = bitfront.quant.engine.blockwise.norm_parameters(
         nn.ModuleDict({"a": NormedLinear(16, 4, bias=False), "b": ScaleNorm(), "c": nn.LayerNorm((4, 4))})
     )
     assert {name for name, _ in found} == {"b.scale", "c.weight", "c.bias"}

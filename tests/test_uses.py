@@ -18,9 +18,9 @@ import bitfront
 from bitfront import GPTQ, RTN, DecoupleQ
 from bitfront.cells import compose
 from bitfront.cells.flow import build_method, build_task
-from bitfront.quant.calibration import calibrate
-from bitfront.quant.plan import Calibration
-from bitfront.quant.uses import Form
+from bitfront.quant.engine.calibration import calibrate
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.layers.uses import Form
 from bitfront.standalone import load
 
 ALL: dict[str, Any] = {"min_size": 0.0, "exclude": ["*bias*"]}
@@ -125,7 +125,7 @@ def test_second_moments_are_those_of_the_jacobian(kind: str, monkeypatch: pytest
     use, shape, size = KINDS[kind]
     x, network = batch(*shape), Uses(use, *size)
     for chunk in (1 << 24, 1):
-        monkeypatch.setattr("bitfront.quant.convolutions.CHUNK", chunk)
+        monkeypatch.setattr("bitfront.quant.layers.convolutions.CHUNK", chunk)
         found = seen_by(network, "weight", (x,))
         wanted = gram(use, x, network.weight)
         assert wanted.abs().max() > 0

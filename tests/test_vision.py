@@ -24,9 +24,9 @@ from bitfront.cells.record import Record, read_all
 from bitfront.commands import start
 from bitfront.errors import BitfrontError
 from bitfront.models.images import NETWORKS
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.diffq import DiffQ
-from bitfront.quant.ste import STE
+from bitfront.quant.methods.diffq import DiffQ
+from bitfront.quant.methods.ste import STE
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.sweeps.beforehand import refuse
 from bitfront.tasks.batches import EpochBatches
 from bitfront.tasks.core import Task

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from bitfront.errors import BitfrontError
 from bitfront.models import named
 from bitfront.quant.core import Float
-from bitfront.quant.weights import load_weights
+from bitfront.quant.storage.weights import load_weights
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

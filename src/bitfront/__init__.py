@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitfront.errors import ArtifactError, BitfrontError
     from bitfront.library import load, prepare, quantize, to_onnx
-    from bitfront.quant.artifact import Artifact
-    from bitfront.quant.calibration import PostTraining
     from bitfront.quant.core import Float, Method, Trained
-    from bitfront.quant.decoupleq import DecoupleQ
-    from bitfront.quant.diffq import DiffQ
-    from bitfront.quant.gptq import GPTQ
-    from bitfront.quant.gsq import GSQ
-    from bitfront.quant.lsq import LSQ
+    from bitfront.quant.engine.calibration import PostTraining
+    from bitfront.quant.engine.plan import Calibration
+    from bitfront.quant.forwards.parametrized import resolve
+    from bitfront.quant.methods.decoupleq import DecoupleQ
+    from bitfront.quant.methods.diffq import DiffQ
+    from bitfront.quant.methods.gptq import GPTQ
+    from bitfront.quant.methods.gsq import GSQ
+    from bitfront.quant.methods.lsq import LSQ
+    from bitfront.quant.methods.rtn import RTN
+    from bitfront.quant.methods.ste import STE
     from bitfront.quant.model import QuantizedModel, Quantizer
-    from bitfront.quant.packed import Packed
-    from bitfront.quant.parametrized import resolve
-    from bitfront.quant.plan import Calibration
-    from bitfront.quant.rtn import RTN
-    from bitfront.quant.ste import STE
+    from bitfront.quant.storage.artifact import Artifact
+    from bitfront.quant.storage.packed import Packed
 
 _HOMES = {
     "errors": ("ArtifactError", "BitfrontError"),
     "library": ("load", "prepare", "quantize", "to_onnx"),
-    "quant.artifact": ("Artifact",),
-    "quant.calibration": ("PostTraining",),
     "quant.core": ("Float", "Method", "Trained"),
-    "quant.decoupleq": ("DecoupleQ",),
-    "quant.diffq": ("DiffQ",),
-    "quant.gptq": ("GPTQ",),
-    "quant.gsq": ("GSQ",),
-    "quant.lsq": ("LSQ",),
+    "quant.engine.calibration": ("PostTraining",),
+    "quant.engine.plan": ("Calibration",),
+    "quant.forwards.parametrized": ("resolve",),
+    "quant.methods.decoupleq": ("DecoupleQ",),
+    "quant.methods.diffq": ("DiffQ",),
+    "quant.methods.gptq": ("GPTQ",),
+    "quant.methods.gsq": ("GSQ",),
+    "quant.methods.lsq": ("LSQ",),
+    "quant.methods.rtn": ("RTN",),
+    "quant.methods.ste": ("STE",),
     "quant.model": ("QuantizedModel", "Quantizer"),
-    "quant.packed": ("Packed",),
-    "quant.parametrized": ("resolve",),
-    "quant.plan": ("Calibration",),
-    "quant.rtn": ("RTN",),
-    "quant.ste": ("STE",),
+    "quant.storage.artifact": ("Artifact",),
+    "quant.storage.packed": ("Packed",),
 }
 __all__ = [
     "GPTQ",

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.calibration import PostTraining
-from bitfront.quant.captured import copied
 from bitfront.quant.core import Method, Sampled
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.engine.sized import sized
+from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.parametrized import duplicate, resolve
+from bitfront.quant.forwards.sharded import check_whole
+from bitfront.quant.forwards.together import share, together
+from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.parametrized import duplicate, resolve
-from bitfront.quant.plan import Calibration
-from bitfront.quant.sharded import check_whole
-from bitfront.quant.sized import sized
-from bitfront.quant.together import share, together
-from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.storage.artifact import Artifact
 
 if TYPE_CHECKING:
     from bitfront.exports.onnx.network import Exported
@@ -52,7 +52,7 @@ def quantize(
 
     Where a process group is initialized (``torchrun``) and the method needs data, all its processes call this, each
     with the same network and a part of the data, as ``data[rank::world]``; all get the same result, that of all parts
-    (``quant.together``). ``samples`` and ``batch_size`` are then shared out; what only one of them is to do, it does
+    (``forwards.together``). ``samples`` and ``batch_size`` are then shared out; what only one of them is to do, it does
     before the group is initialized.
 
     Args:

@@ -80,7 +80,7 @@ def declared(target: str) -> dict[str, Range]:
     """The same of a class that is not imported; empty where there is no source to read.
 
     Args:
-        target: its module and name, as ``bitfront.quant.gptq.GPTQ``.
+        target: its module and name, as ``bitfront.quant.methods.gptq.GPTQ``.
     """
     order = dict.fromkeys(reversed(_lineage(target)))  # from the base that all have to the class
     return {name: allowed for kind in order for name, allowed in _own(kind).items()}

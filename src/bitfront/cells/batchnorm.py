@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bitfront.quant.inputs import no_fast_path
+from bitfront.quant.layers.inputs import no_fast_path
 from bitfront.tasks.core import Task, to_device
 
 BATCHES = 64  # of the training

@@ -27,7 +27,7 @@ CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),  # float32 weights: what the artifact starts from
 }
-CALIBRATION = "bitfront.quant.plan.Calibration"
+CALIBRATION = "bitfront.quant.engine.plan.Calibration"
 TRAINER: Ranges = {"devices": "1..", "accumulate_grad_batches": "1.."}
 OF_COMMANDS = ("recipe", "dry_run")  # words of the command ``run`` that are no keys of a cell
 TYPES = {

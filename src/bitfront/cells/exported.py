@@ -18,7 +18,7 @@ from bitfront.exports.onnx.examples import SAMPLES, Example
 from bitfront.exports.onnx.network import Exported, export
 from bitfront.library import call, drawn
 from bitfront.models import named
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 
 
 def exported(

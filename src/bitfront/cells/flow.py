@@ -32,14 +32,14 @@ from bitfront.downloads import sha256
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
-from bitfront.quant.artifact import Artifact, float_bytes
-from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import FixedBits, Float, Method, Sampled
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.engine.sized import sized
+from bitfront.quant.forwards.together import together
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.plan import Calibration
-from bitfront.quant.sized import sized
-from bitfront.quant.together import together
-from bitfront.quant.weights import load_weights, ours
+from bitfront.quant.storage.artifact import Artifact, float_bytes
+from bitfront.quant.storage.weights import load_weights, ours
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap, say
 

@@ -11,7 +11,7 @@ from bitfront.data import folders
 from bitfront.errors import BitfrontError
 from bitfront.exports.causal import Causal, Written
 from bitfront.models import hf
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.theirs import FOLDER, GGUF
 
 

@@ -22,14 +22,14 @@ from bitfront.data.source import FOLDER, Source
 from bitfront.errors import BitfrontError, first_line
 from bitfront.library import call, drawn, load, not_padded, quantize
 from bitfront.models import named
-from bitfront.quant.artifact import float_bytes
-from bitfront.quant.blockwise import floats
-from bitfront.quant.calibration import PostTraining
-from bitfront.quant.captured import copied
+from bitfront.quant.engine.blockwise import floats
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.uses import inside
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.undisturbed import undisturbed
-from bitfront.quant.uses import inside
-from bitfront.quant.weights import load_weights
+from bitfront.quant.storage.artifact import float_bytes
+from bitfront.quant.storage.weights import load_weights
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap
 

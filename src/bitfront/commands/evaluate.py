@@ -134,7 +134,7 @@ def on_harness(chosen: Options, changes: Sequence[str] = ()) -> dict[str, dict[s
     import torch
 
     from bitfront.cells import flow, trainer
-    from bitfront.quant.artifact import Artifact
+    from bitfront.quant.storage.artifact import Artifact
     from bitfront.tasks.harness import Harness
 
     device = torch.device(trainer.accelerator(chosen.accelerator))
@@ -149,7 +149,7 @@ def _config(artifact: Path, data_root: str, changes: Sequence[str], task: str) -
     if not artifact.is_file():
         raise BitfrontError(f"there is no artifact at '{artifact}'; give artifact=<run directory>/model.safetensors")
     with phase("loading PyTorch"):
-        from bitfront.quant.artifact import Artifact
+        from bitfront.quant.storage.artifact import Artifact
 
     about = Artifact.load(artifact).about
     config = recorded(about | {"task": task} if task else about, str(artifact), changes)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitfront.quant.packed import Packed
+from bitfront.quant.storage.packed import Packed
 
 REMEDY = (
     "quantize with group_size=32, 64 or 128, or with -1 where rows have a multiple of 32 values; quant.exclude= leaves "

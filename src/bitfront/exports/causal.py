@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 
 ARCHITECTURE, ACTIVATION = "LlamaForCausalLM", "silu"
 LAYER, NORMS = "model.layers.{}.", ("input_layernorm", "post_attention_layernorm")

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitfront.errors import BitfrontError
 from bitfront.exports.blocks import REMEDY, Blocks
 from bitfront.exports.causal import Causal, Written, whole
-from bitfront.quant.packed import Packed
+from bitfront.quant.storage.packed import Packed
 
 BITS, SIZES = (2, 3, 4, 5, 6, 8), (128, 64, 32)
 BESIDE = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat*", "generation*")

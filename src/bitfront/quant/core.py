@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.model import QuantizedModel, Quantizer, eligible
-from bitfront.quant.packed import Packed
 from bitfront.quant.steered import Steering
+from bitfront.quant.storage.packed import Packed
 from bitfront.ranges import Ranges, of, refuse
 
 WIDTHS = range(1, 9)  # among which max_size chooses

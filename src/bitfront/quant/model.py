@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact, narrowable, narrowed
-from bitfront.quant.forwards import Uses, no_recomputation, refuse_recomputation, refuse_switch, unwritten
-from bitfront.quant.functional import call, places
+from bitfront.quant.forwards.functional import call, places
+from bitfront.quant.forwards.parametrized import parametrized
+from bitfront.quant.forwards.refused import Uses, no_recomputation, refuse_recomputation, refuse_switch, unwritten
+from bitfront.quant.forwards.sharded import check_come_together, check_whole, full, in_parts, parameter, whole
 from bitfront.quant.optimizer import Joint
-from bitfront.quant.packed import Packed
-from bitfront.quant.parametrized import parametrized
-from bitfront.quant.sharded import check_come_together, check_whole, full, in_parts, parameter, whole
 from bitfront.quant.steered import Steering
+from bitfront.quant.storage.artifact import Artifact, narrowable, narrowed
+from bitfront.quant.storage.packed import Packed
 from bitfront.quant.summary import summary
 
 BEFORE = {"scale_dtype": "float32", "scale_bits": 0}  # what settings were before there was a choice

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.layout import MAX_BITS
-from bitfront.quant.packed import Packed
+from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.layout import MAX_BITS
+from bitfront.quant.storage.packed import Packed
 
 RAMP = 0.5  # share of the steps after which the size is reached
 NEAR = 1.02

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfront.quant.artifact import Artifact
 from bitfront.quant.log import blind, padded, partly
-from bitfront.quant.packed import Packed
+from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.packed import Packed
 
 NAMED = 4  # tensors that a line names
 MUCH = 0.05  # share of the file that is told about

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitfront.exports.blocks import Blocks, relative
-from bitfront.quant.packed import Packed
-from bitfront.quant.scales import EXACTLY
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.scales import EXACTLY
 
 HALF, FLOAT = "F16", "F32"
 

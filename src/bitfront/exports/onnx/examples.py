@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.forwards.undisturbed import undisturbed
 
 SAMPLES = 4  # of an example
 

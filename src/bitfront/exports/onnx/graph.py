@@ -20,8 +20,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bitfront.quant.packed import Packed
-from bitfront.quant.scales import coarse
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.scales import coarse
 
 TYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 FLOATS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}

@@ -27,9 +27,9 @@ from bitfront.errors import BitfrontError, first_line
 from bitfront.exports.onnx.examples import SAMPLES, Example
 from bitfront.exports.onnx.graph import MICROSOFT, Blocks, Builder, Place, weight
 from bitfront.progress import phase
-from bitfront.quant.artifact import Artifact, write_atomically
-from bitfront.quant.packed import Packed
-from bitfront.quant.parametrized import duplicate
+from bitfront.quant.forwards.parametrized import duplicate
+from bitfront.quant.storage.artifact import Artifact, write_atomically
+from bitfront.quant.storage.packed import Packed
 
 OPSET, OPSET_OF_2_BITS = 21, 25  # the first with uint4 and uint16, and with uint2
 EXACT, SUMMED, ROUNDED = 1e-5, 1e-4, 0.2  # differences that are let pass; of matmul_nbits at accuracy_level 0, and else

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.quant.captured import Captured
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.functional import call, differentiable, places
-from bitfront.quant.moving import Moving
-from bitfront.quant.together import backward, gathered
-from bitfront.quant.uses import inside
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.moving import Moving
+from bitfront.quant.forwards.captured import Captured
+from bitfront.quant.forwards.functional import call, differentiable, places
+from bitfront.quant.forwards.together import backward, gathered
+from bitfront.quant.layers.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count

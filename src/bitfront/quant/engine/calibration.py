@@ -23,23 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.progress import Bar
-from bitfront.quant.blockwise import Tuner, Tuning, adam, floats, kept, norm_parameters
-from bitfront.quant.captured import Captured, copied
 from bitfront.quant.core import Method, Sampled, check
-from bitfront.quant.felt import Felt, Sums, felt, probe
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.functional import differentiable
-from bitfront.quant.inputs import Moments, Watch, no_fast_path
+from bitfront.quant.engine.blockwise import Tuner, Tuning, adam, floats, kept, norm_parameters
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.moving import Moving
+from bitfront.quant.engine.plan import Calibration, Unit, plan
+from bitfront.quant.engine.route import Exact, Reached, Route, forward, of_unit, until
+from bitfront.quant.engine.states import States, fingerprint
+from bitfront.quant.forwards.captured import Captured, copied
+from bitfront.quant.forwards.functional import differentiable
+from bitfront.quant.forwards.offload import Offload
+from bitfront.quant.forwards.together import check_alike, place, together
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.felt import Felt, Sums, felt, probe
+from bitfront.quant.layers.inputs import Moments, Watch, no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
-from bitfront.quant.moving import Moving
-from bitfront.quant.offload import Offload
-from bitfront.quant.packed import Packed
-from bitfront.quant.plan import Calibration, Unit, plan
-from bitfront.quant.route import Exact, Reached, Route, forward, of_unit, until
-from bitfront.quant.states import States, fingerprint
-from bitfront.quant.together import check_alike, place, together
-from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.storage.packed import Packed
 from bitfront.ranges import Ranges
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.quant.model import Quantizer
-from bitfront.quant.packed import Packed, middle_code
-from bitfront.quant.rounding import by_rows
-from bitfront.quant.scales import Scales, told
+from bitfront.quant.storage.packed import Packed, middle_code
+from bitfront.quant.storage.rounding import by_rows
+from bitfront.quant.storage.scales import Scales, told
 
 
 class Frozen(Quantizer):

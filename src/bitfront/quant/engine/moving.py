@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.packed import Packed
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.storage.packed import Packed
 
 REACH = 0.4  # of a step: at the start, a place is as near to the weight as it can be with the solver's code well ahead
 

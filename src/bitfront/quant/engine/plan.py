@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.captured import copied
-from bitfront.quant.inputs import Watch
-from bitfront.quant.links import Link, Links
-from bitfront.quant.offload import Offload
-from bitfront.quant.together import gathered, place
-from bitfront.quant.undisturbed import undisturbed
-from bitfront.quant.uses import Form, Use, inside
+from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.links import Link, Links
+from bitfront.quant.forwards.offload import Offload
+from bitfront.quant.forwards.together import gathered, place
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.inputs import Watch
+from bitfront.quant.layers.uses import Form, Use, inside
 from bitfront.ranges import Ranges, refuse
 
 

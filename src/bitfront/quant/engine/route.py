@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bitfront.quant.blockwise import norm_parameters
-from bitfront.quant.captured import Captured, copied
-from bitfront.quant.offload import Offload
-from bitfront.quant.plan import Calibration, Unit, shared
-from bitfront.quant.undisturbed import undisturbed
-from bitfront.quant.uses import Use
+from bitfront.quant.engine.blockwise import norm_parameters
+from bitfront.quant.engine.plan import Calibration, Unit, shared
+from bitfront.quant.forwards.captured import Captured, copied
+from bitfront.quant.forwards.offload import Offload
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.uses import Use
 
 
 def forward(network: nn.Module, unit: Unit, data: Calibration, rest: Offload, captured: Captured) -> Any:

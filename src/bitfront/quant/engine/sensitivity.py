@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.blockwise import floats
-from bitfront.quant.felt import probe
-from bitfront.quant.functional import differentiable
-from bitfront.quant.inputs import Moments
-from bitfront.quant.plan import Calibration
-from bitfront.quant.together import gathered, place
-from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.engine.blockwise import floats
+from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.forwards.functional import differentiable
+from bitfront.quant.forwards.together import gathered, place
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.felt import probe
+from bitfront.quant.layers.inputs import Moments
 
 
 def gradients(

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.progress import Bar
-from bitfront.quant.artifact import Artifact
-from bitfront.quant.budget import Option, allocate
-from bitfront.quant.calibration import PostTraining, check_processes
 from bitfront.quant.core import WIDTHS, FixedBits, Method
-from bitfront.quant.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.engine.budget import Option, allocate
+from bitfront.quant.engine.calibration import PostTraining, check_processes
+from bitfront.quant.engine.plan import Calibration, plan
+from bitfront.quant.engine.sensitivity import error, gradients, price
+from bitfront.quant.forwards.together import together
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.layers.uses import Form
 from bitfront.quant.model import MB
-from bitfront.quant.packed import Packed, ordered
-from bitfront.quant.plan import Calibration, plan
-from bitfront.quant.rounding import fitted_range
-from bitfront.quant.sensitivity import error, gradients, price
-from bitfront.quant.together import together
-from bitfront.quant.undisturbed import undisturbed
-from bitfront.quant.uses import Form
+from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.packed import Packed, ordered
+from bitfront.quant.storage.rounding import fitted_range
 
 M = TypeVar("M", bound=Method)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on

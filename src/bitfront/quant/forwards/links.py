@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.captured import Captured, copied
-from bitfront.quant.undisturbed import undisturbed
+from bitfront.quant.forwards.captured import Captured, copied
+from bitfront.quant.forwards.undisturbed import undisturbed
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 CLOSE = 1e-5  # relative: what kernels may differ by from one call to the next

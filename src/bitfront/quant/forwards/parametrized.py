@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.quant.captured import Detached
+from bitfront.quant.forwards.captured import Detached
 
 N = TypeVar("N", bound=nn.Module)
 

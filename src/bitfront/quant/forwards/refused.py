@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.inputs import name_of
 
 REMEDY = "which would see unquantized weights and give wrong gradients; switch it off"
 PRODUCTS = {
@@ -131,3 +130,9 @@ class Uses(TorchFunctionMode):
                         "where it would stay float; let the forward take it from the module"
                     )
         return func(*args, **kwargs)
+
+
+def name_of(func: Any) -> str:
+    """Of a function of torch; ``w.T`` is the getter of a descriptor of that name."""
+    owner = func.__self__ if func.__name__ == "__get__" else func
+    return str(owner.__name__).strip("_")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from bitfront.quant.uses import Form, Parts, Use, identity, steps
+from bitfront.quant.layers.uses import Form, Parts, Use, identity, steps
 
 CHUNK = 1 << 24  # values of an unfolded input at once
 

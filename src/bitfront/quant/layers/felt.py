@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError, first_line
-from bitfront.quant.inputs import Accumulator, Moments, Watch
-from bitfront.quant.together import gathered
-from bitfront.quant.uses import Form, Parts, Use
+from bitfront.quant.forwards.together import gathered
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch
+from bitfront.quant.layers.uses import Form, Parts, Use
 
 FLOOR = 0.1  # share of H in which all inputs count alike
 NOTHING = 1e-9  # of the largest power among several outputs

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitfront.errors import BitfrontError
-from bitfront.quant import convolutions, products, recurrent
-from bitfront.quant.solver import Curvature
-from bitfront.quant.together import gathered, summed
-from bitfront.quant.uses import NATURAL, Form, Use, dense, told
+from bitfront.quant.forwards.refused import name_of
+from bitfront.quant.forwards.together import gathered, summed
+from bitfront.quant.layers import convolutions, products, recurrent
+from bitfront.quant.layers.solver import Curvature
+from bitfront.quant.layers.uses import NATURAL, Form, Use, dense, told
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
 
@@ -219,12 +220,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(tree, dict):
         yield from _tensors(list(tree.values()))
-
-
-def name_of(func: Any) -> str:
-    """Of a function of torch; ``w.T`` is the getter of a descriptor of that name."""
-    owner = func.__self__ if func.__name__ == "__get__" else func
-    return str(owner.__name__).strip("_")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from bitfront.quant.uses import Form, Parts, Use, dense, flat, identity
+from bitfront.quant.layers.uses import Form, Parts, Use, dense, flat, identity
 
 ROWS_LAST = (F.linear.__name__, torch.addmm.__name__)  # whose output has the second operand's rows as its last axis
 

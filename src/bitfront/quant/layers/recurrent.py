@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from bitfront.quant.uses import Use, dense
+from bitfront.quant.layers.uses import Use, dense
 
 LAYERS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)

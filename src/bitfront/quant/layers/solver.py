@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import BitfrontError
-from bitfront.quant.packed import middle_code
-from bitfront.quant.rounding import reciprocal, spanning
-from bitfront.quant.scales import PLAIN, Scales
+from bitfront.quant.storage.packed import middle_code
+from bitfront.quant.storage.rounding import reciprocal, spanning
+from bitfront.quant.storage.scales import PLAIN, Scales
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory

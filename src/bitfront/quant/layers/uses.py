@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from bitfront.quant.packed import ordered
+from bitfront.quant.storage.packed import ordered
 
 ROUNDING = 1e-3  # of a step: what a float32 share of up to 10,000 steps is off by
 

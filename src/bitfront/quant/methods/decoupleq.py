@@ -29,11 +29,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed
-from bitfront.quant.rounding import fitted_range, on_stored_grid
-from bitfront.quant.solver import Grid, Layer, Solution
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.layers.solver import Grid, Layer, Solution
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.rounding import fitted_range, on_stored_grid
 from bitfront.ranges import Ranges
 
 CENTRE = 0.015  # strength of the pull to the centre of the box, and damping of the feedback, for one level

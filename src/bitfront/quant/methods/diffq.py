@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.quant.core import Trained, check
-from bitfront.quant.layout import MAX_BITS
 from bitfront.quant.model import MB, QuantizedModel, Quantizer
-from bitfront.quant.packed import Packed, grouped, ungrouped
 from bitfront.quant.steered import Steering, stored
+from bitfront.quant.storage.layout import MAX_BITS
+from bitfront.quant.storage.packed import Packed, grouped, ungrouped
 from bitfront.ranges import Ranges
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from bitfront.quant.core import check
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed, code_dtype
-from bitfront.quant.rounding import by_rows, min_max
-from bitfront.quant.rtn import RTN
-from bitfront.quant.scales import Scales
-from bitfront.quant.solver import LEAST, Layer, Solution, solve_rows
-from bitfront.quant.uses import Form
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.layers.solver import LEAST, Layer, Solution, solve_rows
+from bitfront.quant.layers.uses import Form
+from bitfront.quant.methods.rtn import RTN
+from bitfront.quant.storage.packed import Packed, code_dtype
+from bitfront.quant.storage.rounding import by_rows, min_max
+from bitfront.quant.storage.scales import Scales
 from bitfront.ranges import Ranges
 
 

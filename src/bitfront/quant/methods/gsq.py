@@ -26,10 +26,10 @@ import torch
 from timm.optim import Lion
 from torch import Tensor, nn
 
-from bitfront.quant.blockwise import Tuner, Tuning
-from bitfront.quant.frozen import Frozen
-from bitfront.quant.gptq import GPTQ
-from bitfront.quant.packed import Packed
+from bitfront.quant.engine.blockwise import Tuner, Tuning
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.storage.packed import Packed
 from bitfront.ranges import Ranges
 
 TEMPERATURE, SHARPNESS = (2.0, 0.05), (100.0, 500.0)  # τ and κ, at the first and at the last step

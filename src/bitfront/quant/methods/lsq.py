@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
-from bitfront.quant.packed import Packed, grouped, ungrouped
-from bitfront.quant.rounding import on_stored_grid
-from bitfront.quant.scales import Scales
+from bitfront.quant.storage.packed import Packed, grouped, ungrouped
+from bitfront.quant.storage.rounding import on_stored_grid
+from bitfront.quant.storage.scales import Scales
 from bitfront.ranges import Ranges
 
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bitfront.quant.calibration import PostTraining
 from bitfront.quant.core import FixedBits
-from bitfront.quant.inputs import Moments
-from bitfront.quant.packed import Packed
-from bitfront.quant.rounding import fitted_range, min_max, on_stored_grid
-from bitfront.quant.scales import Scales
+from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.rounding import fitted_range, min_max, on_stored_grid
+from bitfront.quant.storage.scales import Scales
 from bitfront.ranges import Ranges
 
 GROUPS, TABLE = (64, 32), 6  # weights of a group, and bits of its range, that may pay where a row is one group

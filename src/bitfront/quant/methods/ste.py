@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bitfront.quant.core import FixedBits, Trained
 from bitfront.quant.model import Quantizer
-from bitfront.quant.packed import Packed, grouped
-from bitfront.quant.rounding import round_to_nearest
-from bitfront.quant.scales import Scales
+from bitfront.quant.storage.packed import Packed, grouped
+from bitfront.quant.storage.rounding import round_to_nearest
+from bitfront.quant.storage.scales import Scales
 
 
 class STEQuantizer(Quantizer):

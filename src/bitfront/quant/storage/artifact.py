@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError
-from bitfront.quant.packed import Packed
-from bitfront.quant.parametrized import duplicate, parametrized, resolve
-from bitfront.quant.scales import told
+from bitfront.quant.forwards.parametrized import duplicate, parametrized, resolve
+from bitfront.quant.storage.packed import Packed
+from bitfront.quant.storage.scales import told
 
 NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"

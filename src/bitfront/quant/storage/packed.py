@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from bitfront.errors import ArtifactError
-from bitfront.quant import entropy
-from bitfront.quant.layout import Layout
-from bitfront.quant.scales import coarse, fine, told
+from bitfront.quant.storage import entropy
+from bitfront.quant.storage.layout import Layout
+from bitfront.quant.storage.scales import coarse, fine, told
 
 _CHUNK = 1 << 16  # codes per step of packing, so that the planes stay in the processor's cache
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitfront.quant.packed import Packed, grouped, middle_code
-from bitfront.quant.scales import PLAIN, Scales
+from bitfront.quant.storage.packed import Packed, grouped, middle_code
+from bitfront.quant.storage.scales import PLAIN, Scales
 
 
 def min_max(

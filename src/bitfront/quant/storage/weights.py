@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError, first_line
-from bitfront.quant.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact
 
 NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "ema", "model_ema")
 PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "net.")  # of DDP, averages, Lightning and torch.compile
