@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitfront
 from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, DecoupleQ, DiffQ, Float
+from bitfront.quant.log import UNTUNED
 
 SMALL: dict[str, Any] = {"min_size": 0.001}
 CALIBRATED = {"rtn": RTN(bits=4, **SMALL), "gptq": GPTQ(bits=4, **SMALL), "decoupleq": DecoupleQ(bits=2, J=1, **SMALL)}
@@ -217,6 +218,17 @@ def test_a_decoder_gets_the_same_codes_with_and_without_its_cache() -> None:
 
     cached, plain = found(True), found(False)
     assert all(torch.equal(cached[name], plain[name]) for name in plain)
+
+
+def test_a_block_wise_stage_without_blocks_is_said() -> None:
+    data, method = [torch.randn(8, 16) for _ in range(2)], DecoupleQ(bits=2, J=1, min_size=0)
+    for network, tuned in (
+        (nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), 0),
+        (nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Sequential(nn.Linear(16, 4))), 2),
+    ):
+        model = bitfront.quantize(network, method, data)
+        assert model.log["tuned"] == tuned and (UNTUNED in model.summary()) is not bool(tuned)
+        assert "tuned" not in bitfront.quantize(network, GPTQ(min_size=0), data).log
 
 
 def test_what_is_blind_in_strange_networks_is_said() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from bitfront.cells.compose import command
 from bitfront.cells.identity import identity
-from bitfront.quant.log import blind
+from bitfront.quant.log import UNTUNED, blind, untuned
 
 SCHEMA = "bitfront/record/2"
 FILE = "record.json"
@@ -147,7 +147,7 @@ class Record(Head):
         if unseen := blind(self.calibration.get("layers", [])):
             share = 100 * sum(size[name] for name in unseen) / sum(size.values())
             told += f", {share:.2g} % of the weights rounded blind ({', '.join(dict.fromkeys(unseen.values()))})"
-        return told
+        return told + (f", {UNTUNED}" if untuned(self.calibration) else "")
 
     def as_json(self) -> dict[str, Any]:
         """The content of its file."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 EXACT = "embedding"  # a use for which rounding to nearest is the solution: its rows are the outputs
+UNTUNED = "no block was tuned: the network has none of several layers whose values or norms could learn"
 
 
 def blind(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -34,3 +35,8 @@ def partly(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 def padded(layers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The tensors in whose calibration padding may have counted."""
     return {entry["name"]: "" for entry in layers if "padding" in entry}
+
+
+def untuned(log: Mapping[str, Any]) -> bool:
+    """Whether there was to be a block-wise stage, and was none."""
+    return log.get("tuned") == 0

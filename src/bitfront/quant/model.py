@@ -344,7 +344,7 @@ class QuantizedModel(nn.Module):
             small = f"at most {limit:,} values, min_size={self.method.min_size if self.method else 0.0:g} MB"
             return "excluded" if parameters[name].numel() > limit else small
 
-        table = summary(artifact, self.log.get("layers", []), {name: reason(name) for name in artifact.raw})
+        table = summary(artifact, self.log, {name: reason(name) for name in artifact.raw})
         return "\n".join([table, *(self.method.remarks(artifact.packed) if self.method else ())])
 
     def train(self, mode: bool = True) -> QuantizedModel:

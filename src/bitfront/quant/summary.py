@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfront.quant.log import blind, padded, partly
+from bitfront.quant.log import UNTUNED, blind, padded, partly, untuned
 from bitfront.quant.storage.artifact import Artifact
 from bitfront.quant.storage.packed import Packed
 
@@ -16,15 +16,15 @@ NAMED = 4  # tensors that a line names
 MUCH = 0.05  # share of the file that is told about
 
 
-def summary(artifact: Artifact, layers: Sequence[Mapping[str, Any]], why_float: Mapping[str, str]) -> str:
+def summary(artifact: Artifact, log: Mapping[str, Any], why_float: Mapping[str, str]) -> str:
     """The table and its lines.
 
     Args:
         artifact: the network as it is stored.
-        layers: of a calibration, what its log says of them.
+        log: of a calibration.
         why_float: of each tensor that is not quantized, the reason.
     """
-    known, total = {entry["name"]: entry for entry in layers}, len(artifact.to_bytes())
+    known, total = {entry["name"]: entry for entry in log.get("layers", [])}, len(artifact.to_bytes())
     rows = [("tensor", "shape", "bits", "bytes", "share", "loss")]
     for name, packed in artifact.packed.items():
         shape, loss = "x".join(map(str, packed.shape)), _loss(known.get(name, {}))
@@ -34,7 +34,7 @@ def summary(artifact: Artifact, layers: Sequence[Mapping[str, Any]], why_float: 
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
         for name, *cells in rows
     ]
-    return "\n".join([*aligned, *_remarks(artifact, known, why_float, total)])
+    return "\n".join([*aligned, *_remarks(artifact, known, why_float, total), *([UNTUNED] if untuned(log) else [])])
 
 
 def _remarks(

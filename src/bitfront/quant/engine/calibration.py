@@ -42,6 +42,8 @@ from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_
 from bitfront.quant.storage.packed import Packed
 from bitfront.ranges import Ranges
 
+STAGES = ("between", "moving", "held_out")  # of the tuning of a block, as its entry in the log has them
+
 
 @dataclass(kw_only=True)
 class PostTraining(Sampled):
@@ -191,8 +193,9 @@ def calibrate(
         data: to calibrate on, where the method does.
 
     Returns:
-        Packed tensors by name, and a log for the record: of layers and blocks, and, where ``solve`` makes use of what
-        layers see, which share of the weights it had to do without (``blind``, 0..1).
+        Packed tensors by name, and a log for the record: of layers and blocks; where ``solve`` makes use of what layers
+        see, which share of the weights it had to do without (``blind``, 0..1); how many blocks were ``tuned``, if any
+        were to be.
 
     Raises:
         BitfrontError: an input is not finite, settings do not fit a layer, or a state cannot be read or written.
@@ -219,6 +222,8 @@ def calibrate(
             log["blocks"].append(state["block"])
     if method.sees_inputs:
         log["blind"] = blind_share(log["layers"])
+    if method.tunes:
+        log["tuned"] = sum(any(block.get(stage) for stage in STAGES) for block in log["blocks"])
     return {name: found[name] for name in weights}, log
 
 
