@@ -231,6 +231,29 @@ def test_a_block_wise_stage_without_blocks_is_said() -> None:
         assert "tuned" not in bitfront.quantize(network, GPTQ(min_size=0), data).log
 
 
+def test_a_loop_of_ones_own_trains_the_values_of_codes_after_quantize(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    data = [torch.randn(32, 16) for _ in range(4)]
+    model = bitfront.quantize(network, DecoupleQ(bits=2, J=0, sft=True, min_size=0), data)
+    codes = {name: p.codes for name, p in model.encode().items()}
+
+    def error() -> Any:
+        return sum(((model(x) - network(x).detach()) ** 2).mean() for x in data)
+
+    before = error().item()
+    optimizer = model.train().optimizer(torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2))
+    for _ in range(30):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    after = error().item()
+    assert after < 0.9 * before
+    assert all(torch.equal(p.codes, codes[name]) for name, p in model.encode().items())
+    model.eval().save(tmp_path / "net")
+    loaded = bitfront.load(tmp_path / "net", into=copy.deepcopy(network)).eval()
+    assert all(torch.equal(loaded(x), model(x)) for x in data)
+
+
 def test_what_is_blind_in_strange_networks_is_said() -> None:
     for name, data in (("tagger", tagged(2)), ("unet", NETWORKS["unet"][1](2))):
         model = bitfront.quantize(start(name), GPTQ(**SMALL), data)

@@ -76,7 +76,9 @@ def quantize(
             system's place of temporary files. The result is on the CPU.
 
     Returns:
-        The quantized model in evaluation mode, which is called as the network is.
+        The quantized model in evaluation mode, which is called as the network is. With ``sft`` of the method, what
+        ``requires_grad`` of its parameters is yet to be trained, as a model of ``prepare`` is: the values of codes, and
+        norms.
 
     Raises:
         BitfrontError: there are no data, a weight or an input is not finite, a layer cannot be quantized as asked.
@@ -293,9 +295,12 @@ def unwrapped(network: nn.Module) -> nn.Module:
 def _check(method: Any) -> None:
     if not isinstance(method, PostTraining):
         raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
-    for option in ("sft", "reestimate_bn"):
+    for option, instead in (
+        ("reestimate_bn", "is of training data; leave it out here, or use a cell"),
+        ("distill", "is of a cell's training; leave it out here, and write it into the loss of your own loop"),
+    ):
         if getattr(method, option):
-            raise BitfrontError(f"{option} needs a task's labels and training data; leave it out here, or use a cell")
+            raise BitfrontError(f"{option} {instead}")
 
 
 def _to_size(method: M, max_size: float) -> M:

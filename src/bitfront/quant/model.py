@@ -127,7 +127,7 @@ class QuantizedModel(nn.Module):
     Raises:
         BitfrontError: a weight is computed from others (weight norm), so that not the weight itself would be quantized,
             used by a TorchScript, or sharded (``sharded`` says what may be); the network is quantized already; and,
-            here or in the first forward that trains, what ``forwards`` refuses: activation checkpointing, and weights
+            here or in the first forward that trains, what ``refused`` says: activation checkpointing, and weights
             that are used past their modules.
     """
 
