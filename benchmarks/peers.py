@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import bitfront
-from benchmarks.peers_quantize import Job, linear
+from benchmarks.peers_quantize import Job, linear, norms
 from bitfront.cells.provenance import environment
 from bitfront.commands.options import options
 from bitfront.errors import BitfrontError
@@ -154,6 +154,7 @@ class Bench:
         self.blocks, self.last = len(blocks), blocks[chosen.blocks - 1]
         names = [name for name in linear(self.network) if int(name.split(".")[2]) < chosen.blocks]
         self.shapes = {f"{name}.weight": self.network.get_parameter(f"{name}.weight").shape for name in names}
+        self.norms = {name: p.clone() for name, p in norms(self.network).items()}
         self.perplexity, self.outputs = self._run()
 
     def _tokens(self, path: Path) -> Tensor:
@@ -172,19 +173,21 @@ class Bench:
         hook.remove()
         return math.exp(sum(losses) / len(losses)), torch.cat(outputs)
 
-    def measure(self, weights: Mapping[str, Tensor], bits: int) -> dict[str, float]:
-        """Perplexity with quantized weights, and the relative squared error of the last quantized block's output.
+    def measure(self, found: Mapping[str, Tensor], bits: int) -> dict[str, float]:
+        """Perplexity with quantized weights, and norms if they are tuned, and the relative squared error of the last
+        quantized block's output.
 
         Raises:
             BitfrontError: they are not of these layers, or a group has more values than so many bits can tell apart.
         """
-        if weights.keys() != self.shapes.keys():
+        if not self.shapes.keys() <= found.keys() <= self.shapes.keys() | self.norms.keys():
             raise BitfrontError("it quantized other layers than it should")
-        for name, w in weights.items():
-            changes = w.reshape(-1, GROUP).sort(1).values.diff(dim=1) != 0
-            if w.shape != self.shapes[name] or int(changes.sum(1).max()) >= 2**bits:
+        for name, shape in self.shapes.items():
+            changes = found[name].reshape(-1, GROUP).sort(1).values.diff(dim=1) != 0
+            if found[name].shape != shape or int(changes.sum(1).max()) >= 2**bits:
                 raise BitfrontError(f"'{name}' is not of {bits} bits in groups of {GROUP}")
-            self.network.get_parameter(name).data.copy_(w)
+        for name, x in (self.norms | dict(found)).items():
+            self.network.get_parameter(name).data.copy_(x)
         perplexity, outputs = self._run()
         error = (outputs - self.outputs).double().square().sum() / self.outputs.double().square().sum()
         return {"perplexity": perplexity, "error": error.item()}
@@ -252,7 +255,8 @@ def page(found: Mapping[str, Any]) -> str:
         f"first blocks ({sizes['blocks']} of {found['blocks']}) in groups of {GROUP}, all else float; calibrated on "
         f"{sizes['sequences']} × {TIME} tokens of novels, in batches of 2 (ours) and 8 (AutoRound); perplexity of the "
         f"first {sizes['tokens']:,} tokens of WikiText-2's test text in windows of {WINDOW:,}; float: "
-        f"{found['float']:.2f}. The error is that of the last quantized block's output there, squared, relative to the "
+        f"{found['float']:.2f}. Norms are as a method leaves them (ours tunes them with `J` and `moving`). The "
+        "error is that of the last quantized block's output there, squared, relative to the "
         "float network's. Seconds and peak memory (all that the process holds) are of the call that quantizes, with "
         "what AutoRound compiles; bits per weight are those of the quantized layers' tensors in the file, HQQ's of its "
         "layers' state; scales have the type that each package gives them.",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 T = TypeVar("T")
-Made = tuple[dict[str, float], dict[str, Tensor], int]  # what it cost, weights by name, bytes as stored
+Made = tuple[dict[str, float], dict[str, Tensor], int]  # what it cost, weights and norms by name, bytes of weights
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Job:
         network: folder, as transformers saves it with its tokenizer.
         blocks: how many stay of it, all of which are quantized.
         tokens: safetensors file with ``tokens``, ``[windows, time]``, to calibrate on.
-        out: folder; gets ``weights.safetensors``, the quantized weights as float32, and ``cost.json``: what
-            ``measured`` tells, ``bits_per_weight`` in the file, and the version of transformers.
+        out: folder; gets ``weights.safetensors``, the quantized weights as float32, with the norms where these are
+            tuned, and ``cost.json``: what ``measured`` tells, ``bits_per_weight`` in the file, and the version of
+            transformers.
     """
 
     peer: str
@@ -79,6 +80,12 @@ def measured(call: Callable[[], T]) -> tuple[T, dict[str, float]]:
 def linear(network: nn.Module) -> dict[str, nn.Linear]:
     """The layers to quantize, by name."""
     return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")}
+
+
+def norms(network: nn.Module) -> dict[str, Tensor]:
+    """The scales of the blocks' norms."""
+    blocks = {n: p for n, p in network.named_parameters() if n.startswith("model.layers.")}
+    return {name: p.detach().float() for name, p in blocks.items() if name.endswith("norm.weight")}
 
 
 def weights(network: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -171,7 +178,8 @@ def bitfront(network: nn.Module, tokens: Tensor, job: Job) -> Made:
     method = getattr(ours, options.pop("method"))(**options, exclude=["*embed_tokens*", "*norm*"])
     model, cost = measured(lambda: ours.quantize(network, method, tokens, inplace=True))
     packed = model.encode()
-    return cost, {name: p.decode() for name, p in packed.items()}, sum(p.nbytes for p in packed.values())
+    found = {name: p.decode() for name, p in packed.items()}
+    return cost, found | norms(network), sum(p.nbytes for p in packed.values())
 
 
 PEERS: dict[str, Callable[[nn.Module, Tensor, Job], Made]] = {
@@ -189,9 +197,10 @@ def main(job: Job) -> None:
     network.config.use_cache = False
     network.model.layers = network.model.layers[: job.blocks]
     network.config.num_hidden_layers = job.blocks
+    numbers = sum(layer.weight.numel() for layer in linear(network).values())
     cost, found, size = PEERS[job.peer](network, load_file(job.tokens)["tokens"], job)
     save_file({name: w.contiguous() for name, w in found.items()}, Path(job.out) / "weights.safetensors")
-    told = {**cost, "bits_per_weight": 8 * size / sum(w.numel() for w in found.values())}
+    told = {**cost, "bits_per_weight": 8 * size / numbers}
     (Path(job.out) / "cost.json").write_text(json.dumps({**told, "transformers": transformers.__version__}))
 
 
