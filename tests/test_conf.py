@@ -177,7 +177,7 @@ def test_cfg_shows_all_keys_of_a_cell() -> None:
         (("task@elsewhere=vit",), "only existing keys can be set"),
         (("+hydra.x=1",), "only existing keys can be set"),
         (("data_root=${oc.env:NOTHING}",), "cannot be resolved"),
-        (("task.heads=0",), "task.heads must divide task.dim"),
+        (("task.heads=5",), "task.heads must divide task.dim"),
         (("task=resnet_imagenet", "model=resnet20"), "there is no model=resnet20"),
         (("recipe=diffq/cifar11",), "did you mean 'diffq/cifar10'"),
         (("tensors.min_size=0",), "'tensors.min_size' is a fact of the task"),
@@ -284,9 +284,9 @@ def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("bad", "answer"),
     [
-        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "<= 15"), ({"param": "x"}, "choices: bits"),
-        ({"noise": "x"}, "choices: gaussian, uniform"), ({"range": "x"}, "choices: minmax, absmax"),
-        ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
+        ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "is 1..15, got 16"),
+        ({"param": "x"}, "choices: bits"), ({"noise": "x"}, "choices: gaussian, uniform"),
+        ({"range": "x"}, "choices: minmax, absmax"), ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
     ],
 )  # fmt: skip
 def test_diffq_values_out_of_range_are_refused(bad: dict[str, object], answer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -81,7 +82,7 @@ def test_the_first_mistake_is_named_first_and_before_torch() -> None:
         ("train.ema=1.0", "train.ema is in [0, 1)"),
         ("train.schedule=step", "train.period=0 is out of range for train.schedule=step"),
         ("trainer.devices=0", "trainer.devices is positive"),
-        ("seed=-1", "seed is not negative"),
+        ("seed=-1", "seed is 0..4294967295"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_word(words: str, answer: str) -> None:
@@ -96,6 +97,30 @@ def test_ranges_that_are_read_are_those_of_the_classes(group: str) -> None:
         target = compose.target(group, name)
         place, _, kind = target.rpartition(".")
         assert ranges.declared(target) == ranges.of(getattr(import_module(place), kind)) != {}, target
+
+
+def beyond(allowed: ranges.Range) -> list[Any]:
+    """Values out of a range: another kind, no number, and what is just past its ends."""
+    if isinstance(allowed, tuple):
+        return ["nothing like it", None]
+    low, high = allowed.split("..") if ".." in allowed else allowed[1:-1].split(", ")
+    ends = [float(low) - 1] if low != "-inf" else []
+    ends += [float(high) + 1] if high not in ("", "inf") else []
+    return [*(int(x) if ".." in allowed else x for x in ends), math.nan, math.inf, None, "x", [1]]
+
+
+@pytest.mark.parametrize("group", compose.CELL)
+def test_every_number_of_every_task_and_method_has_a_range_that_is_kept(group: str) -> None:
+    for name in compose.options(group):
+        config = compose.load([f"{group}={name}", *(["quant=float"] if group == "task" else [])])
+        declared, values = ranges.declared(compose.target(group, name)), config.values[group]
+        numbers = {key for key, value in values.items() if type(value) in (int, float)}
+        assert numbers <= declared.keys(), name
+        for key, allowed in declared.items():
+            for value in beyond(allowed) if key in values else ():
+                spoiled = replace(config, values=config.values | {group: values | {key: value}})
+                with pytest.raises(BitfrontError, match=key):
+                    check_values(spoiled)
 
 
 def test_ranges_are_read_without_importing_and_narrowed_by_subclasses(
@@ -148,7 +173,7 @@ def test_a_recipe_needs_no_torch_to_be_checked() -> None:
     ("words", "answer", "bad", "cells"),
     [
         ("quant=rtn bits=2,40,50", "bits is 1..15, got 40", 2, 3),
-        ("quant=float seed=-1,-2,-3,-4,-5,-6,-7,8", "seed is not negative, got -5", 7, 8),
+        ("quant=float seed=-1,-2,-3,-4,-5,-6,-7,8", "seed is 0..4294967295, got -5", 7, 8),
         ("quant=float,diffq task.dim=32,31", "task.heads must divide task.dim", 2, 4),
         ("quant=gptq group_size=0,8", "group_size is n or -1", 1, 2),
         ("quant=rtn,gptq init_from=/nowhere/a", "no such file", 2, 2),

@@ -35,7 +35,7 @@ class Task:
     percent: ClassVar[tuple[str, ...]] = ()  # metrics given in percent
     singly: ClassVar[bool] = False  # whether samples of validation and test are too large, or too unlike, for a batch
     summed: ClassVar[int] = 1  # of how many terms the loss is the mean, where a penalty is meant for their sum
-    ranges: ClassVar[Ranges] = {"seed": "0.."}  # of the fields; subclasses have those that they add
+    ranges: ClassVar[Ranges] = {"seed": "0..4294967295"}  # of the fields; subclasses have those that they add
 
     recipe: Recipe
     data_root: str

@@ -17,6 +17,7 @@ from bitfront.data.text import load
 from bitfront.errors import BitfrontError
 from bitfront.models import named
 from bitfront.models.transformer_lm import TransformerLM
+from bitfront.ranges import Ranges
 from bitfront.tasks.core import Task
 
 FACTOR = 4  # by which a band of rarer words has fewer dimensions
@@ -69,6 +70,22 @@ class Language(Task):
     cutoffs: list[int] = field(default_factory=list)
     final_norm: bool = True
     test_tokens: int = 0
+    ranges: ClassVar[Ranges] = {
+        "vocabulary": "2..",
+        "context": "2..",
+        "overlap": "-1..",
+        "tokens": "0..",
+        "valid_tokens": "0..",
+        "test_tokens": "0..",
+        "dim": "1..",
+        "depth": "1..",
+        "heads": "1..",
+        "dropout": "[0, 1)",
+        "attention_dropout": "[0, 1)",
+        "relu_dropout": "[0, 1)",
+        "softmax_dropout": "[0, 1)",
+        "layerdrop": "[0, 1)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,6 +61,7 @@ class Separator(Task):
         "repitch": "[0, 1]",
         "overlap": "[0, 1)",
         "repeat": "1..",
+        "segment": "(0, inf)",
         "shifts": "1..",
         "stride": "(0, inf)",
         "window": "(0, inf)",
@@ -191,6 +192,7 @@ class Separation(Separator):
     valid_songs: list[str]
     samplerate: int
     audio_channels: int
+    ranges: ClassVar[Ranges] = {"samplerate": "1..", "audio_channels": "1.."}
 
     def __post_init__(self) -> None:
         super().__post_init__()

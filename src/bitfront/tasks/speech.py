@@ -15,6 +15,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 from bitfront.data import espeak, recordings
 from bitfront.data.speech import ENGLISH, Alphabet, Batch, InMemory, LogMel, Source, SpecAugment, Utterances, tones
 from bitfront.errors import BitfrontError
+from bitfront.ranges import Ranges
 from bitfront.tasks.core import Task
 
 CHOICES = {
@@ -61,6 +62,23 @@ class Recogniser(Task):
     lm: str | None
     lm_weight: float
     word_score: float
+    ranges: ClassVar[Ranges] = {
+        "rate": "1..",
+        "mels": "1..",
+        "channels": "1..",
+        "dim": "1..",
+        "depth": "1..",
+        "heads": "1..",
+        "kernel": "1..",
+        "dropout": "[0, 1)",
+        "bands": "0..",
+        "band_width": "0..",
+        "spans": "0..",
+        "span_share": "[0, 1]",
+        "beam": "0..",
+        "lm_weight": "(-inf, inf)",
+        "word_score": "(-inf, inf)",
+    }
     _sources: dict[str, Source] = field(default_factory=dict, init=False, repr=False)
     _decoder: Any = field(default=None, init=False, repr=False)
 

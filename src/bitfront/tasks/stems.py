@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from bitfront.data import folders
 from bitfront.data.audio import Form, Song, tones
 from bitfront.data.stems import stems
 from bitfront.models import named
+from bitfront.ranges import Ranges
 from bitfront.tasks.notes import say
 from bitfront.tasks.separation import NETWORKS, Separator
 
@@ -35,6 +37,7 @@ class OwnStems(Separator):
     fingerprint: str | None
     samplerate: int
     audio_channels: int
+    ranges: ClassVar[Ranges] = {"samplerate": "0..", "audio_channels": "0.."}
 
     def __post_init__(self) -> None:
         made = ":" in self.network and not self.network.startswith(named.FOLDER)

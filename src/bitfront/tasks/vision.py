@@ -17,6 +17,7 @@ from bitfront.data.images import Images, class_folders, digits, generated
 from bitfront.errors import BitfrontError
 from bitfront.models import named
 from bitfront.models.images import NETWORKS
+from bitfront.ranges import Ranges
 from bitfront.tasks.core import Task
 
 
@@ -32,6 +33,7 @@ class Classifier(Task):
     percent: ClassVar[tuple[str, ...]] = ("top1", "top5")
 
     label_smoothing: float
+    ranges: ClassVar[Ranges] = {"label_smoothing": "[0, 1)"}
 
     def outputs(self) -> int:
         """The number of classes."""
@@ -85,6 +87,7 @@ class Classification(Classifier):
     channels: int
     image_size: int
     crop: int
+    ranges: ClassVar[Ranges] = {"classes": "2..", "channels": "1..", "image_size": "1..", "crop": "0.."}
 
     def outputs(self) -> int:
         return self.classes
@@ -113,6 +116,13 @@ class Vision(Classification):
     depth: int
     heads: int
     drop_path: float
+    ranges: ClassVar[Ranges] = {
+        "patch_size": "1..",
+        "dim": "1..",
+        "depth": "1..",
+        "heads": "1..",
+        "drop_path": "[0, 1)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +204,16 @@ class ImageNet(KnownNetwork):
     mixup: float
     cutmix: float
     held_out: int
+    ranges: ClassVar[Ranges] = {
+        "drop_path": "[0, 1)",
+        "dropout": "[0, 1)",
+        "crop_share": "(0, 1]",
+        "interpolation": ("bilinear", "bicubic", "nearest"),
+        "erase": "[0, 1]",
+        "mixup": "[0, inf)",
+        "cutmix": "[0, inf)",
+        "held_out": "1..",
+    }
 
     def check_network(self) -> None:
         if self.data != "generated" or self.network not in NETWORKS:  # others than the library's of that name

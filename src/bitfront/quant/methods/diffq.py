@@ -114,6 +114,10 @@ class DiffQ(Trained):
     lr: float = 1e-3
     ranges: ClassVar[Ranges] = {
         "group_size": "-1..",
+        "min_bits": "1..15",
+        "init_bits": "1..15",
+        "max_bits": "1..15",
+        "extra_bits": "0..14",
         "param": ("bits", "noise"),
         "noise": ("gaussian", "uniform"),
         "range": ("minmax", "absmax"),
@@ -133,10 +137,8 @@ class DiffQ(Trained):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            all(isinstance(b, int) for b in (self.min_bits, self.init_bits, self.max_bits, self.extra_bits))
-            and 1 <= self.min_bits < self.init_bits < self.max_bits <= MAX_BITS,
-            f"widths are whole numbers with 1 <= min_bits < init_bits < max_bits <= {MAX_BITS}, "
-            f"got {self.min_bits}, {self.init_bits}, {self.max_bits}",
+            self.min_bits < self.init_bits < self.max_bits,
+            f"widths have min_bits < init_bits < max_bits, got {self.min_bits}, {self.init_bits}, {self.max_bits}",
         )
         check(not (self.max_size and self.extra_bits), "extra_bits are for a penalty; max_size has its own rounding")
 
