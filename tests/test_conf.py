@@ -286,7 +286,8 @@ def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
     [
         ({"min_bits": 9}, "min_bits < init_bits"), ({"max_bits": 16}, "is 1..15, got 16"),
         ({"param": "x"}, "choices: bits"), ({"noise": "x"}, "choices: gaussian, uniform"),
-        ({"range": "x"}, "choices: minmax, absmax"), ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
+        ({"range": "x"}, "choices: minmax, absmax"),
+        ({"lr": 0.0}, "lr is positive"), ({"penalty": -1.0}, "penalty"), ({"foo": 1}, "foo"),
     ],
 )  # fmt: skip
 def test_diffq_values_out_of_range_are_refused(bad: dict[str, object], answer: str) -> None:
