@@ -156,6 +156,13 @@ def test_the_answer_comes_without_a_traceback(words: tuple[str, ...], answer: st
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("word", ["task.classes=5", "task.channels=3", "task.image_size=12"])
+def test_data_of_another_form_than_the_task_is_told_are_refused(word: str) -> None:
+    for split in ("train", "valid", "test"):
+        with pytest.raises(BitfrontError, match=f"10 classes and images of 1 x 8 x 8; got .*{word}"):
+            build_task(compose.load(["task=vit", word])).dataset(split)
+
+
 def test_cfg_shows_all_keys_of_a_cell() -> None:
     shown = yaml.safe_load(cli("run", "quant=diffq", "penalty=3", "--cfg", "job").stdout)
     assert shown == compose.load(["quant=diffq", "penalty=3"]).values

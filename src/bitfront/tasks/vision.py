@@ -95,9 +95,15 @@ class Classification(Classifier):
     def dataset(self, split: str) -> Any:
         if self.data == "generated":
             return generated(split, self.classes, self.channels, self.image_size)
-        if self.data == "digits":
-            return digits(split)
-        return class_folders(Path(self.data_root) / self.data, split, self.classes, self.crop)
+        folder = Path(self.data_root) / self.data
+        images = digits(split) if self.data == "digits" else class_folders(folder, split, self.classes, self.crop)
+        classes, form = 1 + int(images.labels.max()), tuple(images.pixels.shape[1:])
+        if classes > self.classes or form != (self.channels, self.image_size, self.image_size):
+            raise BitfrontError(
+                f"data={self.data} has {classes} classes and images of {' x '.join(map(str, form))}; got "
+                f"task.classes={self.classes} task.channels={self.channels} task.image_size={self.image_size}"
+            )
+        return images
 
     def undisturbed(self, dataset: Any) -> Any:
         return replace(dataset, crop=0) if isinstance(dataset, Images) else dataset
@@ -126,7 +132,7 @@ class Vision(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.heads, self.patch_size) < 1 or self.dim % self.heads or self.image_size % self.patch_size:
+        if self.dim % self.heads or self.image_size % self.patch_size:
             raise BitfrontError("task.heads must divide task.dim, and task.patch_size task.image_size")
 
     def model(self) -> nn.Module:
