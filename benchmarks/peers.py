@@ -74,6 +74,10 @@ ROWS = {
         "ours, `decoupleq J=2 between=1 hessian=block`",
         options={"method": "DecoupleQ", "J": 2, "between": 1, "hessian": "block"},
     ),
+    "decoupleq_moving4": Row(
+        "ours, `decoupleq moving=4 J=1 scale_bits=6` (bfloat16)",
+        options={"method": "DecoupleQ", "moving": 4, "J": 1, "scale_bits": 6, "block_dtype": "bfloat16"},
+    ),
     "decoupleq_moving": Row(
         "ours, `decoupleq moving=8 J=1 scale_bits=6` (bfloat16)",
         options={"method": "DecoupleQ", "moving": 8, "J": 1, "scale_bits": 6, "block_dtype": "bfloat16"},
