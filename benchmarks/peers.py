@@ -74,14 +74,21 @@ ROWS = {
         "ours, `decoupleq J=2 between=1 hessian=block`",
         options={"method": "DecoupleQ", "J": 2, "between": 1, "hessian": "block"},
     ),
-    "decoupleq_moving4": Row(
-        "ours, `decoupleq moving=4 J=1 scale_bits=6` (bfloat16)",
-        options={"method": "DecoupleQ", "moving": 4, "J": 1, "scale_bits": 6, "block_dtype": "bfloat16"},
-    ),
-    "decoupleq_moving": Row(
-        "ours, `decoupleq moving=8 J=1 scale_bits=6` (bfloat16)",
-        options={"method": "DecoupleQ", "moving": 8, "J": 1, "scale_bits": 6, "block_dtype": "bfloat16"},
-    ),
+    **{
+        f"decoupleq_moving{epochs}{name}": Row(
+            f"ours, `decoupleq moving={epochs}{told} J=1 scale_bits=6` (bfloat16)",
+            options={
+                "method": "DecoupleQ",
+                "moving": epochs,
+                **more,
+                "J": 1,
+                "scale_bits": 6,
+                "block_dtype": "bfloat16",
+            },
+        )
+        for name, told, more in (("", "", {}), ("_sign", " momentum=0", {"momentum": 0.0}))
+        for epochs in (4, 8)
+    },
     "gsq": Row("ours, `gsq moving=8` (bfloat16)", options={"method": "GSQ", "moving": 8, "block_dtype": "bfloat16"}),
 }
 

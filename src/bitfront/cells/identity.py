@@ -39,6 +39,7 @@ BORN: dict[str, Any] = {
     "quant.scale_bits": 0,
     "quant.moving": 0,
     "quant.travel": 0.5,
+    "quant.momentum": 0.9,
     "quant.block_dtype": "auto",
     "quant.sft_codes": False,
     "quant.distill": 0,

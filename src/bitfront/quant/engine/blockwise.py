@@ -31,6 +31,7 @@ from bitfront.quant.layers.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
+SQUARES = 0.99  # of the mean of squared gradients that codes move by
 FASTER = 10  # times the rate of values and norms: what is still float may move by more than its distance of values
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -224,22 +225,22 @@ class Tuning:
         return {name: p.detach().clone() for name, p in (self.norms | self.still_float).items()}
 
 
-def adam(tuning: Tuning, lr: float, steps: int, travel: float) -> Tuner:
-    """Adam for values and norms, and for weights that are still float; codes move by the sign of the gradient, less and
-    less.
+def adam(tuning: Tuning, lr: float, steps: int, travel: float, momentum: float) -> Tuner:
+    """Adam for values and norms, for weights that are still float, and for codes, whose steps become less and less.
 
     Args:
         tuning: what learns.
         lr: of values and norms, in their units.
         steps: at most.
         travel: of codes, in steps of their grids, all steps together.
+        momentum: of codes; at 0 each step goes by the sign of its gradient alone.
     """
     places = [f.place for f in tuning.frozen.values() if isinstance(f, Moving)]
     groups: list[dict[str, Any]] = [{"params": [*tuning.values(), *tuning.norms.values()]}]
     groups += [{"params": [w], "lr": lr * FASTER * _size(w)} for w in tuning.still_float.values()]
     rates: list[Callable[[int], float]] = [lambda _: 1.0] * len(groups)
     if places:
-        groups.append({"params": places, "lr": 2 * travel / steps, "betas": (0.0, 0.0)})
+        groups.append({"params": places, "lr": 2 * travel / steps, "betas": (momentum, SQUARES if momentum else 0.0)})
         rates.append(lambda n: 1 - n / steps)
     # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
     optimizer = torch.optim.Adam(groups, lr=lr, eps=1e-15)

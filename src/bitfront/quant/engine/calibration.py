@@ -52,6 +52,8 @@ class PostTraining(Sampled):
     Attributes:
         moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
         travel: how far their steps go together, in steps of the grid; codes begin at most 0.4 of one off their middle.
+        momentum: of these steps: a code whose gradients do not agree hardly moves; 0 goes by the sign of each gradient,
+            as AutoRound does.
         J: most epochs of it with the codes fixed (the paper's J), 0 for none.
         between: most epochs of it after each group of layers that share an input but the last, in which the weights of
             the others, still float, learn with them.
@@ -72,6 +74,7 @@ class PostTraining(Sampled):
 
     moving: int = 0
     travel: float = 0.5
+    momentum: float = 0.9
     J: int = 0
     between: int = 0
     target: str = "network"
@@ -87,6 +90,7 @@ class PostTraining(Sampled):
     ranges: ClassVar[Ranges] = {
         "moving": "0..",
         "travel": "(0, inf)",
+        "momentum": "[0, 1)",
         "J": "0..",
         "between": "0..",
         "target": ("network", "block"),
@@ -140,7 +144,7 @@ class PostTraining(Sampled):
 
     def tuner(self, tuning: Tuning, steps: int) -> Tuner:
         """The optimizer of the block-wise stage, and the schedule of its rates."""
-        return adam(tuning, self.block_lr, steps, self.travel)
+        return adam(tuning, self.block_lr, steps, self.travel, self.momentum)
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         """Quantize one tensor, with the settings of this instance.

@@ -1,6 +1,7 @@
 """Codes that move: each weight has a place on its grid, whole steps being codes, that learns along with the grid.
-Forward it is rounded, backward it is not (straight through); steps go by the sign of the gradient (AutoRound, arXiv
-2309.05516, which starts from the weight; here the start is a solver's code, which may lie elsewhere)."""
+Forward it is rounded, backward it is not (straight through). AutoRound (arXiv 2309.05516) starts from the weight and
+steps by the sign of each gradient; here the start is a solver's code, which may lie elsewhere, and steps have momentum,
+without which those of many small gradients that do not agree add up to noise."""
 
 from __future__ import annotations
 
