@@ -372,9 +372,9 @@ def test_samples_of_a_batch(batch: Any, samples: int) -> None:
 
 def test_options_that_need_a_task_are_refused_by_the_library() -> None:
     network = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
-    for option in ("reestimate_bn", "sft"):
+    for option, more in (("reestimate_bn", {}), ("distill", {"sft": True})):
         with pytest.raises(BitfrontError, match=option):
-            bitfront.quantize(network, GPTQ(**{option: True}, **ALL), [torch.randn(8, 16)])
+            bitfront.quantize(network, GPTQ(**{option: True}, **more, **ALL), [torch.randn(8, 16)])
     with pytest.raises(BitfrontError, match="no module 'nope' to take as a block"):
         bitfront.quantize(network, GPTQ(**ALL), [torch.randn(8, 16)], blocks=["nope"])
 

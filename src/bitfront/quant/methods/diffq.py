@@ -117,7 +117,7 @@ class DiffQ(Trained):
         "min_bits": "1..15",
         "init_bits": "1..15",
         "max_bits": "1..15",
-        "extra_bits": "0..14",
+        "extra_bits": "-14..14",
         "param": ("bits", "noise"),
         "noise": ("gaussian", "uniform"),
         "range": ("minmax", "absmax"),
