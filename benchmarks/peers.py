@@ -60,6 +60,16 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def moving(epochs: int, **options: float) -> Row:
+    """decoupleQ with codes that move, in a file no larger than AutoRound's."""
+    told = "".join(f" {key}={value:g}" for key, value in options.items())
+    options = {"moving": epochs, **options, "J": 1, "scale_bits": 6}
+    return Row(
+        f"ours, `decoupleq moving={epochs}{told} J=1 scale_bits=6` (bfloat16)",
+        options={"method": "DecoupleQ", **options, "block_dtype": "bfloat16"},
+    )
+
+
 ROWS = {
     "rtn": Row("ours, round to nearest", options={"method": "RTN"}),
     "hqq": Row("HQQ (axis 1)", "hqq"),
@@ -74,21 +84,10 @@ ROWS = {
         "ours, `decoupleq J=2 between=1 hessian=block`",
         options={"method": "DecoupleQ", "J": 2, "between": 1, "hessian": "block"},
     ),
-    **{
-        f"decoupleq_moving{epochs}{name}": Row(
-            f"ours, `decoupleq moving={epochs}{told} J=1 scale_bits=6` (bfloat16)",
-            options={
-                "method": "DecoupleQ",
-                "moving": epochs,
-                **more,
-                "J": 1,
-                "scale_bits": 6,
-                "block_dtype": "bfloat16",
-            },
-        )
-        for name, told, more in (("", "", {}), ("_sign", " momentum=0", {"momentum": 0.0}))
-        for epochs in (4, 8)
-    },
+    "decoupleq_moving4": moving(4),
+    "decoupleq_moving8": moving(8),
+    "decoupleq_moving4_sign": moving(4, momentum=0.0),
+    "decoupleq_moving8_sign": moving(8, momentum=0.0),
     "gsq": Row("ours, `gsq moving=8` (bfloat16)", options={"method": "GSQ", "moving": 8, "block_dtype": "bfloat16"}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchaudio.models import Conformer
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.engine import calibration
-from bitfront.quant.engine.blockwise import Tuning
+from bitfront.quant.engine.blockwise import Tuning, adam
 from bitfront.quant.engine.calibration import PostTraining, calibrate
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.moving import Moving
@@ -464,6 +465,31 @@ def test_a_block_that_is_particular_about_types_says_so() -> None:
     DecoupleQ(**options).attach(nn.Sequential(Picky()), data)
     with pytest.raises(BitfrontError, match=r"cannot be tuned.*give block_dtype=float32"):
         DecoupleQ(**options, block_dtype="bfloat16").attach(nn.Sequential(Picky()), data)
+
+
+def test_codes_travel_as_far_as_asked_and_with_momentum_not_where_gradients_do_not_agree() -> None:
+    def path(momentum: float, gradients: list[float]) -> list[float]:
+        block = nn.Sequential(nn.Linear(4, 4, bias=False))
+        w = block[0].weight.detach()
+        learned = Moving(RTN(bits=4).solve(w, None)[0], w)
+        tuning = Tuning(block, {"0.weight": learned}, False)
+        optimizer, schedule = adam(tuning, 1e-3, len(gradients), 0.5, momentum)
+        places = [learned.place.detach().clone()]
+        for gradient in gradients:
+            learned.place.grad = torch.full_like(learned.place, gradient)
+            optimizer.step()
+            schedule.step()
+            places.append(learned.place.detach().clone())
+        return [(after - before).abs().max().item() for before, after in pairwise(places)]
+
+    n = 20
+    falling = [2 * 0.5 / n * (1 - k / n) for k in range(n)]  # which add up to 0.5 (n + 1) / n
+    for momentum in (0.0, 0.9):
+        assert path(momentum, [1e-6] * n) == pytest.approx(falling, abs=1e-5)
+    flips = [(-1.0) ** k for k in range(n)]
+    assert path(0.0, flips) == pytest.approx(falling, abs=1e-5)
+    left = [0.1 / 1.9 * (1 - (-0.9) ** k) / (1 - 0.9**k) for k in range(1, n + 1)]  # the last 0.05
+    assert path(0.9, flips) == pytest.approx([a * b for a, b in zip(falling, left, strict=True)], abs=1e-5)
 
 
 def test_codes_start_where_they_are_and_move_straight_through() -> None:
