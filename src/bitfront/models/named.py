@@ -101,7 +101,7 @@ def logits(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_outputs(network: nn.Module, name: str, x: Tensor, shape: Sequence[int], remedy: str) -> None:
+def check_outputs(network: nn.Module, name: str, x: Tensor, shape: Sequence[int], remedy: str) -> Tensor:
     """Try a network on an input, so that what does not fit is said before anything is trained.
 
     Args:
@@ -110,6 +110,9 @@ def check_outputs(network: nn.Module, name: str, x: Tensor, shape: Sequence[int]
         x: an input.
         shape: that its logits must have.
         remedy: for the message.
+
+    Returns:
+        The logits.
 
     Raises:
         BitfrontError: it does not take the input, or gives something else.
@@ -124,6 +127,7 @@ def check_outputs(network: nn.Module, name: str, x: Tensor, shape: Sequence[int]
     network.train(training)
     if list(found.shape) != list(shape):
         raise BitfrontError(f"model={name} gives {list(found.shape)}, where {list(shape)} is needed; {remedy}")
+    return found
 
 
 def _of_library(name: str, outputs: Mapping[str, Any], pretrained: bool, options: Mapping[str, Any]) -> nn.Module:

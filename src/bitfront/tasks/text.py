@@ -124,8 +124,8 @@ class OwnText(Language):
         tokens = torch.zeros(2, self.context, dtype=torch.long)
         tokens[1, -1] = 1
         remedy = f"task.context={self.context} tokens come at once, of {outputs} (task.vocabulary)"
-        named.check_outputs(network, self.network, tokens, (2, self.context, outputs), remedy)
-        if looks_ahead(network, tokens):
+        found = named.check_outputs(network, self.network, tokens, (2, self.context, outputs), remedy)
+        if looks_ahead(found):
             raise BitfrontError(f"model={self.network} is not causal: what it says of a token depends on later ones")
         return network
 
@@ -138,8 +138,9 @@ class OwnText(Language):
     def losses(self, net: nn.Module, tokens: Tensor) -> Tensor:
         if self.network == OURS:
             return super().losses(net, tokens)
-        logits = named.logits(net(tokens[:, :-1])).float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        logits, words = named.logits(net(tokens[:, :-1])).float(), tokens[:, 1:]
+        # Flat: many times faster than over a dimension in the middle.
+        return nn.functional.cross_entropy(logits.flatten(0, 1), words.flatten(), reduction="none").view_as(words)
 
     def evaluate(
         self, net: nn.Module, split: str, device: torch.device | str = "cpu", shared: bool = True
@@ -161,15 +162,7 @@ class OwnText(Language):
         return str(read(self.rules, f"model={self.name}").decode(stream[1:].tolist(), skip_special_tokens=False))
 
 
-@torch.no_grad()
-def looks_ahead(network: nn.Module, tokens: Tensor) -> bool:
-    """Whether the logits of two texts ``[2, time]``, which differ in the last token, differ before it.
-
-    Args:
-        network: is in training mode afterwards as before.
-        tokens: of the texts.
-    """
-    training = network.training
-    one, other = named.logits(network.eval()(tokens))[:, :-1]
-    network.train(training)
+def looks_ahead(logits: Tensor) -> bool:
+    """Whether the logits of two texts, ``[2, time, tokens]``, which differ in the last token, differ before it."""
+    one, other = logits[:, :-1]
     return not torch.allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -28,7 +28,7 @@ from bitfront.quant.engine.blockwise import Tuner, Tuning, adam, floats, kept, n
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.moving import Moving
 from bitfront.quant.engine.plan import Calibration, Unit, plan
-from bitfront.quant.engine.route import Exact, Reached, Route, forward, of_unit, until
+from bitfront.quant.engine.route import Exact, Route, forward, of_unit
 from bitfront.quant.engine.states import States, fingerprint
 from bitfront.quant.forwards.captured import Captured, copied
 from bitfront.quant.forwards.functional import differentiable
@@ -36,7 +36,7 @@ from bitfront.quant.forwards.offload import Offload
 from bitfront.quant.forwards.together import check_alike, place, together
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Felt, Sums, felt, probe
-from bitfront.quant.layers.inputs import Moments, Watch, no_fast_path
+from bitfront.quant.layers.inputs import Moments, Reached, Watch, no_fast_path, until
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.storage.packed import Packed

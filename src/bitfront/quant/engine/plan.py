@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.course import Course, signature
 from bitfront.quant.forwards.links import Link, Links
 from bitfront.quant.forwards.offload import Offload
 from bitfront.quant.forwards.together import gathered, place
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.inputs import Watch
+from bitfront.quant.layers.inputs import Reached, Watch, until
 from bitfront.quant.layers.uses import Form, Use, inside
 from bitfront.ranges import Ranges, refuse
 
@@ -182,7 +183,8 @@ class _Seen:
         self.first: dict[str, int] = {}
 
     def watch(self, network: nn.Module, data: Calibration) -> None:
-        """Do the forwards. (A block, or a branch, that not every batch comes to is seen, too.)"""
+        """Do the forwards. (A block, or a branch, that not every batch comes to is seen, too; where no values decide on
+        what comes to what, one batch of each form is enough.)"""
         hooks = [
             m.register_forward_pre_hook(lambda *_, name=name: self._entered(name)) for name, m in self.modules.items()
         ]
@@ -191,18 +193,32 @@ class _Seen:
         ]
         links = Links(self.modules)
         hooks += links.hooks()
+        known: dict[Any, int] = {}  # by signature of a batch, the uses until the last look-up
+        alike: list[tuple[Any, int]] = []
         try:
             for self.batch, batch in enumerate(data.batches):
+                if (same := signature(batch)) in known:
+                    alike.append((batch, known[same]))
+                    continue
                 links.begin()
                 self.valid = data.valid(batch)
                 self.alive: list[list[Any]] = [[]]  # tensors that are known by their address, of each block we are in
                 self.called: Counter[str] = Counter()
-                with torch.no_grad(), Watch(self.weights, self._see):
+                self.seen = self.until_looked_up = 0
+                self.course = Course()
+                with torch.no_grad(), Watch(self.weights, self._see), self.course.watched():
                     data.forward(network, batch)
                 self.calls |= self.called
+                if same is not None and not self.course.open:
+                    known[same] = self.until_looked_up
         finally:
             for hook in hooks:
                 hook.remove()
+        for batch, uses in alike:
+            self.valid = data.valid(batch)
+            if uses:
+                with torch.no_grad(), suppress(Reached), Watch(self.weights, until(uses, self._see_look_up)):
+                    data.forward(network, batch)
         one = lambda: data.forward(network, data.batches[0])  # noqa: E731
         self.links = links.checked(network, one, shared(network)) if data.batches else {}
         self._share()
@@ -278,13 +294,18 @@ class _Seen:
         self.alive.pop()
 
     def _see(self, name: str, use: Use) -> None:
+        with self.course.aside():
+            self._note(name, use)
+
+    def _note(self, name: str, use: Use) -> None:
+        self.seen += 1
         self.homes[name].add(self.inside[-1])
         self.uses[name][self.batch, self.inside[-1], self.called[self.inside[-1]]] += 1
         self.first.setdefault(name, len(self.first))
         if use.looked_up is None:
             self.time_last[self.inside[-1]] = use.function.startswith("conv")
-        if use.looked_up is not None or use.added:
-            self._look_up(name, use.looked_up)
+        if self._see_look_up(name, use):
+            self.until_looked_up = self.seen
             return
         if use.columns:
             self.alive[-1].append(use.inputs)
@@ -295,14 +316,18 @@ class _Seen:
         if use.function not in kinds:
             kinds.append(use.function)
 
-    def _look_up(self, name: str, rows: Tensor | None) -> None:
-        """Rows of a weight, or all of them once."""
+    def _see_look_up(self, name: str, use: Use) -> bool:
+        """Whether it is one, of rows of a weight, or of all of them once; then count them."""
+        rows = use.looked_up
+        if rows is None and not use.added:
+            return False
         counts = torch.ones(len(self.weights[name]), dtype=torch.long)
         if rows is not None:
             kept = inside(rows[..., None], self.valid) if self.valid is not None else None
             found = rows if kept is None else rows[kept]
             counts = torch.bincount(found.flatten().cpu(), minlength=len(counts))
         self.looked_up[name] = self.looked_up.get(name, 0) + counts
+        return True
 
 
 def shared(network: nn.Module) -> dict[int, Any]:

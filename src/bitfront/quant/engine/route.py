@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,7 +15,7 @@ from bitfront.quant.engine.plan import Calibration, Unit, shared
 from bitfront.quant.forwards.captured import Captured, copied
 from bitfront.quant.forwards.offload import Offload
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.uses import Use
+from bitfront.quant.layers.inputs import Reached
 
 
 def forward(network: nn.Module, unit: Unit, data: Calibration, rest: Offload, captured: Captured) -> Any:
@@ -100,25 +99,6 @@ class Exact(Route):
         finally:
             for name, p in parameters.items():
                 p.data = now[name]
-
-
-class Reached(Exception):  # noqa: N818 no error
-    """The forward has come as far as it needs to."""
-
-
-def until(n: int, see: Callable[[str, Use], None]) -> Callable[[str, Use], None]:
-    """For a ``Watch``: hands on n uses, with which what a forward can tell is known, and ends it; 0 for all of it."""
-    left = n or math.inf
-
-    def seen(name: str, use: Use) -> None:
-        nonlocal left
-        if left > 0:  # else someone has caught it
-            see(name, use)
-            left -= 1
-        if left <= 0:
-            raise Reached
-
-    return seen
 
 
 def of_unit(network: nn.Module, unit: Unit) -> set[nn.Parameter]:

@@ -7,6 +7,7 @@ functional calls need no special module, and no architecture is known by name.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -187,6 +188,25 @@ class Watch(TorchFunctionMode):
         weights = {"in_proj_weight": None, **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), eye)}
         inputs = dict(zip(("query", "key", "value"), parts, strict=True))
         return inputs | weights | {"use_separate_proj_weight": True, "in_proj_bias": None}
+
+
+class Reached(Exception):  # noqa: N818 no error
+    """The forward has come as far as it needs to."""
+
+
+def until(n: int, see: Callable[[str, Use], object]) -> Callable[[str, Use], None]:
+    """For a ``Watch``: hands on n uses, with which what a forward can tell is known, and ends it; 0 for all of it."""
+    left = n or math.inf
+
+    def seen(name: str, use: Use) -> None:
+        nonlocal left
+        if left > 0:  # else someone has caught it
+            see(name, use)
+            left -= 1
+        if left <= 0:
+            raise Reached
+
+    return seen
 
 
 ATTENTION, LOOK_UP = inspect.signature(F.multi_head_attention_forward), inspect.signature(F.embedding)
