@@ -127,6 +127,34 @@ def test_fit_is_dense_least_squares(size: int, symmetric: bool) -> None:
             torch.testing.assert_close(grid.zero, -problem.middle * grid.scale)
 
 
+@pytest.mark.parametrize("size", [48, 16])
+def test_rows_without_bias_have_the_size_of_what_they_stand_for(size: int) -> None:
+    problem = layer(size=size)
+    codes = start(problem).codes
+    fitted = problem.solution(codes, problem.fit(codes, start(problem)))
+    found = problem.unbiased(fitted)
+    felt = (problem.H @ problem.w).double()
+    power = (felt * problem.w).sum(1)
+    torch.testing.assert_close((felt * problem.values(codes, found)).sum(1), power, rtol=1e-4, atol=0.0)
+    # Least squares is a projection: it has lost its error's share of the power, and pays with that share of the error.
+    share = fitted.loss / power
+    torch.testing.assert_close(found.loss / power, share / (1 - share), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(problem.unbiased(found).scale, found.scale, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("method", [GPTQ(bits=2, grid="mse", unbiased=True), DecoupleQ(symmetric=True, unbiased=True)])
+def test_without_bias_as_it_is_stored(method: GPTQ) -> None:
+    torch.manual_seed(3)
+    w, H = torch.randn(10, 48), moments(48, 3)
+    w[4] = 0.0
+    values = [replace(method, unbiased=u).solve(w, Moments(H, 1))[0].decode().double() for u in (True, False)]
+    gains = [((q @ H[0]) * w.double()).sum(1) / ((w.double() @ H[0]) * w.double()).sum(1) for q in values]
+    rows = torch.arange(10) != 4
+    torch.testing.assert_close(gains[0][rows], torch.ones(9, dtype=torch.float64), rtol=5e-3, atol=0.0)
+    assert gains[1][rows].mean() < 0.99
+    assert not values[0][4].any()
+
+
 def test_fit_of_the_zeros_alone_is_dense_least_squares() -> None:
     problem = layer(bits=3, size=16)
     found = start(problem)

@@ -45,6 +45,7 @@ BORN: dict[str, Any] = {
     "quant.distill": 0,
     "quant.between": 0,
     "quant.hessian": "inputs",
+    "quant.unbiased": False,
     "quant.grid": "minmax",
     "quant.round_zero": False,
     "quant.raw_dtype": "float32",

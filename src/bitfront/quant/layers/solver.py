@@ -33,6 +33,7 @@ from bitfront.quant.storage.scales import PLAIN, Scales
 
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
+MOST = 2.0  # times a row is made larger or smaller: of one that has lost half its power, the rest is noise
 LEAST = 0.25  # of a group's range: what ``shrunk`` may leave of it
 PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
@@ -217,6 +218,16 @@ class Layer:
             grid = self.as_stored(self.fit(codes, grid, fixed=grid.scale))
             codes = self.descend(codes, grid)
         return self.solution(codes, grid)
+
+    def unbiased(self, solution: Solution) -> Solution:
+        """A solution whose rows are scaled such that an output has, on the mean, the size of what it stands for:
+        ``ŵᵀ H w = wᵀ H w``. The least error is on the side of less, by its share of the output's power, in every row
+        alike, which adds up from layer to layer where errors at random do not."""
+        felt = self.H @ self.w
+        wanted, got = ((felt * x).sum(1, dtype=torch.float64) for x in (self.w, self.values(solution.codes, solution)))
+        gain = torch.where((wanted > 0) & (got > 0), wanted / got, 1.0).clamp(1 / MOST, MOST)[:, None].float()
+        grid = self.as_stored(Grid(solution.scale * gain, solution.zero * gain))
+        return self.solution(solution.codes, grid)
 
     def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = LEAST) -> Grid:
         """The part of each group's range in which rounding to nearest costs least, by the diagonal of ``H`` alone."""

@@ -42,13 +42,15 @@ class GPTQ(RTN):
         act_order: work on the columns by falling ``H[j, j]``.
         hessian: whether all of what a layer sees counts alike ("inputs"), or as much as the output of its block
             ("block") or of the network ("fisher") feels it (``felt``).
+        unbiased: rows are scaled in the end such that their outputs are not made smaller (``Layer.unbiased``).
     """
 
     damping: float = 0.01
     act_order: bool = True
     hessian: str = "inputs"
+    unbiased: bool = False
     sees_inputs: ClassVar[bool] = True
-    per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order")
+    per_layer: ClassVar[tuple[str, ...]] = (*RTN.per_layer, "damping", "act_order", "unbiased")
     ranges: ClassVar[Ranges] = {"bits": "1..8", "damping": "[0, inf)", "hessian": ("inputs", "block", "fisher")}
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class GPTQ(RTN):
         def solve(rows: Tensor) -> Solution:
             layer = Layer(rows, curvature, self.bits, size, self.symmetric, scales)
             steps = self.steps(layer)
+            if self.unbiased:
+                steps = [*steps, ("unbiased", layer.unbiased(steps[-1][1]))]
             for name, solution in steps:
                 log[name] = log.get(name, 0.0) + in_all(solution.loss)
             log["power"] += in_all((layer.w * (layer.H @ layer.w)).sum(1, dtype=torch.float64))
