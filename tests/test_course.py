@@ -34,6 +34,9 @@ BY_VALUES = {
     "close": lambda: torch.allclose(X, X),
     "random": lambda: torch.rand(3).tolist(),
     "written": lambda: torch.zeros(4, 6).copy_(X).sum().item(),
+    "drawn in place": lambda: torch.zeros(3).uniform_().tolist(),
+    "filled from elsewhere": lambda: torch.empty(3).tolist(),
+    "of a higher order": lambda: torch.cond(X.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (X,)),
     "written through a view": lambda: _written(torch.zeros(4, 6)).sum().item(),
 }
 BY_FORM = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
@@ -18,8 +19,10 @@ from bitfront.quant.forwards.links import PLAIN
 
 # What they hand to Python goes by no dispatcher.
 READ = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+RANDOM = torch.Tag.nondeterministic_seeded
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXED = {"aten::index", "aten::_unsafe_index"}  # whose results have a shape by values only if an index is a mask
+UNFILLED = ("aten::empty", "aten::new_empty")  # what will be in it may come from anywhere
 
 
 class Course:
@@ -57,10 +60,11 @@ class Course:
 
     def made(self, func: Any, args: Any, result: Any, same: bool) -> None:
         """By an operator, of tensors that are the same for every batch, or not."""
-        if same and torch.Tag.nondeterministic_seeded not in func.tags:
-            self.same.update((x, None) for x in _tensors(result))
-        elif func._schema.is_mutable and any(x in self.same for x in _tensors(args)):
+        same &= isinstance(func, OpOverload) and RANDOM not in func.tags
+        if not same and (not isinstance(func, OpOverload) or func._schema.is_mutable):
             self.same.clear()  # what is written to may have been seen through any of them
+        elif same and not func._schema.name.startswith(UNFILLED):
+            self.same.update((x, None) for x in _tensors(result))
 
 
 class _Reads(TorchFunctionMode):
@@ -75,6 +79,8 @@ class _Reads(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    supports_higher_order_operators = True  # of which nothing is known
+
     def __init__(self, course: Course) -> None:
         super().__init__()
         self.course = course
@@ -93,6 +99,8 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 def _decides(func: Any, args: Any) -> bool:
     """Whether it makes numbers, or shapes, of values."""
+    if not isinstance(func, OpOverload):
+        return True
     name = func._schema.name
     if name in INDEXED:
         return any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
@@ -102,10 +110,7 @@ def _decides(func: Any, args: Any) -> bool:
 def signature(batch: Any) -> Any:
     """Of a batch, all but the values of its tensors; None where it holds what cannot be told."""
     leaves, spec = tree_flatten(batch)
-    if not all(isinstance(x, (Tensor, *PLAIN)) for x in leaves):
+    if not all(isinstance(x, PLAIN) or (isinstance(x, Tensor) and not x.is_nested) for x in leaves):
         return None
-    told = (
-        (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) and not x.is_nested else (type(x), repr(x))
-        for x in leaves
-    )
+    told = ((x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
     return str(spec), *told
