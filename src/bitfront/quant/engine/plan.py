@@ -336,7 +336,7 @@ def shared(network: nn.Module) -> dict[int, Any]:
 
 
 def plan(network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration) -> list[Unit]:
-    """Which weights are solved together, and in which order, as seen from a forward of each batch."""
+    """Which weights are solved together, and in which order, as seen from forwards of the batches."""
     seen = _Seen(data.modules(network), weights)
     with undisturbed(network):
         seen.watch(network, data)

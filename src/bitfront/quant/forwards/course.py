@@ -20,7 +20,7 @@ from bitfront.quant.forwards.links import PLAIN
 # What they hand to Python goes by no dispatcher.
 READ = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 RANDOM = torch.Tag.nondeterministic_seeded
-TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXED = {"aten::index", "aten::_unsafe_index"}  # whose results have a shape by values only if an index is a mask
 UNFILLED = ("aten::empty", "aten::new_empty")  # what will be in it may come from anywhere
 
@@ -104,7 +104,7 @@ def _decides(func: Any, args: Any) -> bool:
     name = func._schema.name
     if name in INDEXED:
         return any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
-    return bool(TAGS & set(func.tags)) or not name.startswith(("aten::", "prim::"))  # others have no tags to go by
+    return bool(BY_VALUES & set(func.tags)) or not name.startswith(("aten::", "prim::"))  # others have no tags to go by
 
 
 def signature(batch: Any) -> Any:
