@@ -133,8 +133,8 @@ class Whisper(WideEmbeddings):
 
     def _losses(self, output: Any, batch: Batch) -> Tensor:
         """Of each token of the transcripts and their ends, in nats."""
-        logits = output.logits.float().transpose(1, 2)
-        return nn.functional.cross_entropy(logits, batch[2][:, 1:], reduction="none")[self._said(batch)]
+        said = self._said(batch)
+        return nn.functional.cross_entropy(output.logits[said].float(), batch[2][:, 1:][said], reduction="none")
 
     def _said(self, batch: Batch) -> Tensor:
         """Which of the tokens but the first are of the transcripts and their ends, ``[batch, tokens - 1]``."""
