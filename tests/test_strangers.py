@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,26 @@ def test_a_branch_that_the_first_batch_leaves_out_is_seen() -> None:
     model = bitfront.quantize(Branches(), GPTQ(bits=3, **EVERY), data)
     assert losses(model).keys() == {"left.weight", "right.weight"}
     assert "never.weight (not used on these data)" in model.summary()
+
+
+@pytest.mark.parametrize("size", [{"bits": 3}, {"max_size": 0.004}], ids=["bits", "max_size"])
+@pytest.mark.parametrize(
+    "kind", [GPTQ, partial(GPTQ, hessian="fisher"), DecoupleQ], ids=["gptq", "fisher", "decoupleq"]
+)
+def test_an_expert_that_is_called_with_no_token_is_rounded_and_told(kind: Any, size: dict[str, Any]) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = (x[:, 0] > 0).long()
+            return torch.cat([expert(x[chosen == n]) for n, expert in enumerate(self.experts)])
+
+    model = bitfront.quantize(Experts(), kind(**size, **EVERY), batches(4, 16))
+    assert losses(model).keys() == {"experts.0.weight", "experts.1.weight"}
+    assert "experts.2.weight (not used on these data)" in model.summary()
+    assert model.log["blind"] == pytest.approx(1 / 3)
 
 
 def test_a_list_of_one_block_is_a_list_of_blocks() -> None:

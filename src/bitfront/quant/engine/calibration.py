@@ -446,9 +446,11 @@ class _Block:
             about = {"padding": "counted"} if seen.padded else {}
             unfelt = self.method.feels and not as_felt and (felt or not self.unit.block)
             about |= {"hessian": "inputs"} if unfelt else {}
-            idle = [f"{seen.idle} of its {moments.batch} entries not used on these data"] if seen.idle else []
+            idle = (
+                [f"{seen.idle} of its {moments.batch} entries not used on these data"] if moments and seen.idle else []
+            )
             for name in alike:
-                own = moments.with_lookup(self.weights[name].detach()) if seen.lookup else moments
+                own = moments.with_lookup(self.weights[name].detach()) if moments and seen.lookup else moments
                 self.solve(name, own, idle, **about)
 
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
@@ -475,7 +477,7 @@ class _Block:
         if self.tuned and self.method.moving:
             self.before[name] = self.weights[name].detach().clone()
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
-        told = name in self.unit.unseen or idle
+        told = name in self.unit.unseen or idle or (moments is None and looked_up is None)
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 

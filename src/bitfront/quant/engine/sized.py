@@ -111,7 +111,7 @@ def _tried(
         for stage, sums in zip(part, _summed(network, part, weights, data, forms), strict=True):
             moments = sums.moments()
             for name in stage:
-                own = moments.with_lookup(weights[name].detach()) if sums.lookup else moments
+                own = moments.with_lookup(weights[name].detach()) if moments and sums.lookup else moments
                 found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
     for name in others:

@@ -113,17 +113,17 @@ class Sums:
         if felt is not None:
             self.scaled.add(name, _scaled(use, felt))
 
-    def moments(self) -> tuple[Moments, bool]:
-        """Of all processes, and whether they are as felt.
+    def moments(self) -> tuple[Moments | None, bool]:
+        """Of all processes, None if there was no input, and whether they are as felt.
 
         Raises:
-            BitfrontError: an input was not finite, or there was none.
+            BitfrontError: an input was not finite.
         """
         alike = self.plain.moments()
         if self.felt is None or not any(gathered(bool(self.scaled.counts.any()))):
             return alike, False
         counted = self.scaled.moments()
-        if not torch.equal(self.scaled.counts, self.plain.counts):
+        if alike is None or counted is None or not torch.equal(self.scaled.counts, self.plain.counts):
             return alike, False
         power, felt = (m.H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (alike, counted))
         share = torch.where(felt > 0, (1 - FLOOR) * power / felt, 0.0)

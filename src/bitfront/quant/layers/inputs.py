@@ -295,15 +295,16 @@ class Accumulator:
             after = entries - first - len(counts) if use.entry else 0
             self.counts = self.counts + torch.tensor([*[0] * first, *counts, *[0] * after])
 
-    def moments(self) -> Moments:
-        """Their mean, over all processes; ``lookup`` and ``padded`` then count them all, too.
+    def moments(self) -> Moments | None:
+        """Their mean, over all processes; ``lookup`` and ``padded`` then count them all, too. None if there was no
+        input, as an expert has that is called with none of the tokens.
 
         Raises:
-            BitfrontError: an input was not finite, or there was none.
+            BitfrontError: an input was not finite.
         """
         self._share()
         if not self.counts.any():
-            raise BitfrontError(f"no calibration sample reaches '{self.name}'; exclude it or calibrate on more samples")
+            return None
         if not torch.isfinite(self.total).all():
             raise BitfrontError(
                 f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
