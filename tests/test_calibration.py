@@ -19,6 +19,7 @@ from torchaudio.models import Conformer
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.engine import calibration
+from bitfront.quant.engine.block import Block
 from bitfront.quant.engine.blockwise import Tuning, adam
 from bitfront.quant.engine.calibration import PostTraining, calibrate
 from bitfront.quant.engine.frozen import Frozen
@@ -510,7 +511,7 @@ def test_codes_start_where_they_are_and_move_straight_through() -> None:
 
 
 def test_layers_to_come_see_the_tuned_values_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = calibration._Block.solve_stage, []
+    real, seen = Block.solve_stage, []
 
     def solve_stage(block: Any, *arguments: Any) -> None:
         seen.extend(
@@ -519,7 +520,7 @@ def test_layers_to_come_see_the_tuned_values_of_those_before(monkeypatch: pytest
         )
         real(block, *arguments)
 
-    monkeypatch.setattr(calibration._Block, "solve_stage", solve_stage)
+    monkeypatch.setattr(Block, "solve_stage", solve_stage)
     network = nn.Sequential(*[nn.Sequential(Gated()) for _ in range(2)]).eval()
     data = Calibration([torch.randn(32, 16) for _ in range(5)], lambda net, batch: net(batch))
     DecoupleQ(bits=2, min_size=0.0, J=0, between=3, block_lr=1e-2).attach(network, data)

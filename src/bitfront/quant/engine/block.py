@@ -1,0 +1,258 @@
+"""One block of a network at post-training: its layers are solved one after the other, then it is tuned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfront.quant.engine.blockwise import Tuning, floats, kept
+from bitfront.quant.engine.by_blocks import ByBlocks
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.plan import Unit
+from bitfront.quant.engine.route import Route, forward, of_unit
+from bitfront.quant.forwards.captured import Captured
+from bitfront.quant.forwards.together import place
+from bitfront.quant.forwards.undisturbed import undisturbed
+from bitfront.quant.layers.felt import Felt, Sums, felt, probe
+from bitfront.quant.layers.inputs import Moments, Reached, Watch, until
+from bitfront.quant.storage.packed import Packed
+
+
+@torch.no_grad()
+def solve(
+    method: ByBlocks, name: str, w: nn.Parameter, moments: Moments | None, looked_up: Tensor | None = None
+) -> tuple[Packed, dict[str, Any]]:
+    """Quantize one weight in place; return it packed, and its entry in the log.
+
+    Args:
+        method, name, w: solves the weight.
+        moments: of its inputs, if they are known.
+        looked_up: how often each of its rows is an output, ``[rows]``, if it has no other use that is known.
+    """
+    started = time.perf_counter()
+    packed, details = method.of(name).solve(w.detach(), moments)
+    quantized = packed.decode().to(w.device)
+    entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
+    if moments is not None:
+        entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+    elif looked_up is not None:
+        entry |= {"inputs": int(looked_up.sum()), "loss": loss_of_rows(looked_up, w.detach(), quantized)}
+    w.data.copy_(quantized)
+    return packed, entry | details | {"seconds": time.perf_counter() - started}
+
+
+def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
+    """Power of the error relative to that of the output, where the rows are the outputs, each so often."""
+    power, error = (
+        x.double().reshape(len(x), -1).square().sum(1) @ counts.to(w.device).double() for x in (w, quantized - w)
+    )
+    return (error / power).item() if power else 0.0
+
+
+def felt_by(
+    module: nn.Module,
+    weights: dict[str, nn.Parameter],
+    passes: Iterable[tuple[int, Tensor | None, Callable[[], object]]],
+    generator: torch.Generator,
+    time_last: bool,
+) -> Felt:
+    """What of the inputs of layers the output of a module feels.
+
+    Args:
+        module, weights: which holds the layers, and theirs.
+        passes: number of the batch, what is not padding, and a forward that calls the module.
+        generator: of random signs.
+        time_last: where padding is, in outputs, as of a ``Unit``.
+    """
+    found: list[Tensor] = []
+
+    def probed(run: Callable[[], object], valid: Tensor | None) -> Tensor:
+        found.clear()
+        run()
+        return probe([kept(x, valid, time_last) for x in found], generator)
+
+    hook = module.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
+    try:
+        return felt(weights, ((n, valid, partial(probed, run, valid)) for n, valid, run in passes))
+    finally:
+        hook.remove()
+
+
+def tunes(method: ByBlocks, network: nn.Module, unit: Unit) -> bool:
+    """Whether the block-wise stage follows, as it does in a block that is more than a layer."""
+    return method.tunes and several(network, unit)
+
+
+def several(network: nn.Module, unit: Unit) -> bool:
+    """Whether it is a block of the network that is more than a layer."""
+    return bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
+
+
+@torch.no_grad()
+def quantize_block(
+    here: Route,
+    exact: Route | None,
+    method: ByBlocks,
+    unit: Unit,
+    weights: dict[str, nn.Parameter],
+    at_the_end: Felt,
+    n: int,
+) -> dict[str, Any]:
+    """Quantize the n-th block in place, tuned to give what it gives in the float network; return its state.
+
+    Args:
+        here: to the block through the network so far.
+        exact: likewise through the float network, where its output is the target; else that is of the inputs here.
+        method, unit, weights: solves the weights, those of the block, all by name.
+        at_the_end: of the inputs of layers, by weight, what the end of the float network feels, if that counts.
+        n: its number.
+    """
+    began = time.perf_counter()
+    work = Block(here, method, unit, weights, here.data.seed + n, at_the_end)
+    inputs = here.to(unit) if unit.stages or work.tuned else []
+    targets: dict[tuple[int, int], list[Tensor]] = {}
+    if work.tuned:
+        if exact:
+            exact.to(unit)
+        outputs = exact.run() if exact else here.run()
+        targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
+        here.given = None  # of the block as it was
+    entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
+    with here.rest.at_work(of_unit(here.network, unit)):
+        common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
+        wanted, last = [targets[c.of] for c in common], len(unit.stages) - 1
+        for i, stage in enumerate(unit.stages):
+            work.solve_stage(stage, inputs)
+            if work.tuned and i < last and method.between:
+                entry.setdefault("between", []).append(work.tune(common, wanted, method.between))
+        for name in (*unit.looked_up, *unit.blind):
+            work.solve(name, None)
+        if work.tuned and method.moving:
+            entry["moving"] = work.tune(common, wanted, method.moving, moving=True)
+        if work.tuned and method.J:
+            entry |= work.tune(common, wanted, method.J)
+    return {
+        "packed": {name: vars(p) for name, p in work.packed.items()},
+        "norms": {name: p.cpu() for name, p in work.norms.items()},
+        "layers": work.layers,
+        "block": entry | {"seconds": time.perf_counter() - began},
+    }
+
+
+class Block:
+    """A block at work.
+
+    Attributes:
+        tuned: whether the block-wise stage follows.
+        packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
+        before: the weights as they were when they were quantized, if their codes are yet to move.
+    """
+
+    def __init__(
+        self,
+        here: Route,
+        method: ByBlocks,
+        unit: Unit,
+        weights: dict[str, nn.Parameter],
+        seed: int,
+        at_the_end: Felt,
+    ) -> None:
+        self.seed, self.at_the_end = seed, at_the_end
+        self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
+        self.block = self.network.get_submodule(unit.block)
+        self.tuned = tunes(method, self.network, unit)
+        self.packed: dict[str, Packed] = {}
+        self.before: dict[str, Tensor] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.norms: dict[str, Tensor] = {}
+
+    def solve_stage(self, stage: list[str], inputs: list[Captured]) -> None:
+        """Quantize the layers that share an input."""
+        if not self.method.sees_inputs:
+            for name in stage:
+                self.solve(name, None)
+            return
+        felt = {name: self.at_the_end[name] for name in stage if name in self.at_the_end}
+        # The output of a block that is one layer feels all of its inputs alike.
+        if self.method.feels == "block" and several(self.network, self.unit):
+            felt = self.feel(stage, inputs)
+        for alike in [[name] for name in stage] if felt else [stage]:
+            first = alike[0]
+            sums = Sums(first, self.here.rest.device, self.unit.forms[first], felt.get(first))
+            with undisturbed(self.network):
+                for captured in inputs:
+                    sums.begin(captured.of[0], captured.valid)
+                    add = until(self.unit.uses[first], sums.add)
+                    with suppress(Reached), Watch({first: self.weights[first]}, add):
+                        forward(self.network, self.unit, self.here.data, self.here.rest, captured)
+            moments, as_felt = sums.moments()
+            seen = sums.plain
+            about = {"padding": "counted"} if seen.padded else {}
+            unfelt = self.method.feels and not as_felt and (felt or not self.unit.block)
+            about |= {"hessian": "inputs"} if unfelt else {}
+            idle = (
+                [f"{seen.idle} of its {moments.batch} entries not used on these data"] if moments and seen.idle else []
+            )
+            for name in alike:
+                own = moments.with_lookup(self.weights[name].detach()) if moments and seen.lookup else moments
+                self.solve(name, own, idle, **about)
+
+    def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
+        """What of the inputs of layers the output of the block, as it now is, feels."""
+        network, unit = self.network, self.unit
+        generator = torch.Generator().manual_seed(self.seed + place()[0])
+        run = partial(forward, network, unit, self.here.data, self.here.rest)
+        passes = ((captured.of[0], captured.valid, partial(run, captured)) for captured in inputs)
+        with undisturbed(network):
+            return felt_by(self.block, {name: self.weights[name] for name in stage}, passes, generator, unit.time_last)
+
+    def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
+        """Quantize one layer, of which a part may be idle."""
+        looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
+        if self.tuned and self.method.moving:
+            self.before[name] = self.weights[name].detach().clone()
+        self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
+        told = name in self.unit.unseen or idle or (moments is None and looked_up is None)
+        unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
+        self.layers.append(entry | {"block": self.unit.block} | unseen | about)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the block-wise stage computes in."""
+        usual = "bfloat16" if self.here.rest.device.type == "cuda" else "float32"
+        return getattr(torch, usual if self.method.block_dtype == "auto" else self.method.block_dtype)
+
+    def learned(self, name: str, moving: bool) -> Frozen:
+        """A quantized weight whose values learn, and whose codes do, if they are moving."""
+        packed, symmetric = self.packed[name], self.method.of(name).keeps_zero
+        if not moving:
+            return Frozen(packed, True, symmetric)
+        return self.method.mobile(name, packed, self.before[name], symmetric, self.seed)
+
+    def tune(
+        self, inputs: list[Captured], targets: list[list[Tensor]], epochs: int, moving: bool = False
+    ) -> dict[str, Any]:
+        """The block-wise stage, in which also learns what of the block is yet to be quantized, and codes, if they are
+        moving; return its entry in the record."""
+        names = {id(p): name for name, p in self.block.named_parameters()}
+        # A tied weight has another name here; one that the block is called with is not tuned.
+        local = {name: names[id(self.weights[name])] for name in self.packed if id(self.weights[name]) in names}
+        later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
+        learned = {own: self.learned(name, moving) for name, own in local.items()}
+        still_float = [names[one] for one in later if one in names]
+        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, self.dtype)
+        if not tuning.frozen and not tuning.norms:
+            return {}
+        with torch.enable_grad(), undisturbed(self.network):
+            entry = tuning.run(inputs, targets, self.method, epochs, self.seed)
+        for name, own in local.items():
+            self.packed[name] = tuning.packed[own]
+            self.weights[name].data.copy_(self.packed[name].decode())  # what the layers to come see the output of
+        self.norms = {f"{self.unit.block}.{name}": self.block.get_parameter(name).detach() for name in tuning.norms}
+        return entry

@@ -1,0 +1,110 @@
+"""What a post-training method says of how the blocks of a network are solved and tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bitfront.quant.core import Sampled
+from bitfront.quant.engine.blockwise import Tuner, Tuning, adam
+from bitfront.quant.engine.frozen import Frozen
+from bitfront.quant.engine.moving import Moving
+from bitfront.quant.layers.inputs import Moments
+from bitfront.quant.storage.packed import Packed
+from bitfront.ranges import Ranges
+
+
+@dataclass(kw_only=True)
+class ByBlocks(Sampled):
+    """A method that goes through a network block by block.
+
+    Attributes:
+        moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
+        travel: how far their steps go together, in steps of the grid; codes begin at most 0.4 of one off their middle.
+        momentum: of these steps: a code whose gradients do not agree hardly moves; 0 goes by the sign of each gradient,
+            as AutoRound does.
+        J: most epochs of it with the codes fixed (the paper's J), 0 for none.
+        between: most epochs of it after each group of layers that share an input but the last, in which the weights of
+            the others, still float, learn with them.
+        target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
+            errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
+        held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
+        patience: epochs without a better one after which it stops.
+        block_dtype: that products are computed in there: "float32", "bfloat16", or "auto", the latter on a GPU.
+        block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of
+            the root mean square of what is still float.
+    """
+
+    moving: int = 0
+    travel: float = 0.5
+    momentum: float = 0.9
+    J: int = 0
+    between: int = 0
+    target: str = "network"
+    held_out: float = 0.125
+    patience: int = 2
+    block_lr: float = 1e-3
+    block_dtype: str = "auto"
+    sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
+    ranges: ClassVar[Ranges] = {
+        "moving": "0..",
+        "travel": "(0, inf)",
+        "momentum": "[0, 1)",
+        "J": "0..",
+        "between": "0..",
+        "target": ("network", "block"),
+        "held_out": "[0, 1)",
+        "patience": "1..",
+        "block_lr": "(0, inf)",
+        "block_dtype": ("auto", "float32", "bfloat16"),
+    }
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it goes through the network's blocks."""
+        return self.sees_inputs or self.tunes
+
+    @property
+    def feels(self) -> str:
+        """What says how much of what a layer sees counts: the output of its "block", the "end" of the network; or "",
+        if all of it counts alike."""
+        return ""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a block-wise stage."""
+        return self.moving > 0 or self.J > 0 or self.between > 0
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether the values are tied to 0, also when they are tuned."""
+        return False
+
+    def mobile(self, name: str, packed: Packed, w: Tensor, symmetric: bool, seed: int) -> Frozen:
+        """A quantized weight whose codes can move.
+
+        Args:
+            name, packed, w: before and after.
+            symmetric: as of ``Frozen``.
+            seed: of noise.
+        """
+        return Moving(packed, w, symmetric)
+
+    def tuner(self, tuning: Tuning, steps: int) -> Tuner:
+        """The optimizer of the block-wise stage, and the schedule of its rates."""
+        return adam(tuning, self.block_lr, steps, self.travel, self.momentum)
+
+    def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
+        """Quantize one tensor, with the settings of this instance.
+
+        Args:
+            w: its weight, any shape.
+            inputs: what the layer sees; None where that is unknown, or each row is an output: of look-ups, and
+                of what is added, as biases.
+
+        Returns:
+            The packed tensor, and what is worth recording.
+        """
+        raise NotImplementedError
