@@ -39,7 +39,9 @@ def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = N
     with torch.no_grad(), Watch({name: network.get_parameter(name)}, sums.add):
         for args in calls:
             network(*args)
-    return sums.moments()
+    found = sums.moments()
+    assert found
+    return found
 
 
 class TiedGPT(nn.Module):

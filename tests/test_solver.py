@@ -463,6 +463,30 @@ def test_gptqs_range_weighs_errors_by_the_inputs(zero: bool) -> None:
         assert (found <= other * 1.0001).all() and found.sum() < 0.95 * other.sum()
 
 
+def test_half_floats_hold_the_range_with_the_least_error_as_they_hold_the_whole() -> None:
+    torch.manual_seed(0)
+    w, seen = torch.randn(40, 64) * 0.02 + 0.01, Moments(moments(64, 1), 200)
+    for size, symmetric in itertools.product((-1, 16), (False, True)):
+        options: dict[str, Any] = {"bits": 8, "group_size": size, "symmetric": symmetric, "grid": "mse"}
+        half, exact = (GPTQ(**options, scale_dtype=dtype).solve(w, seen)[0] for dtype in ("float16", "float32"))
+        assert half.lo.dtype == torch.float16
+        assert seen.relative_loss(w, half.decode()) < 1.5 * seen.relative_loss(w, exact.decode())
+    far = GPTQ(bits=8, grid="mse").solve(w + 50.0, seen)[0]  # steps of a 32nd there, the range one of a tenth
+    assert far.lo.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", [{}, {"group_size": 16}, {"group_size": 16, "scale_bits": 6}])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_a_width_costs_is_tried_in_the_same_bytes(form: dict[str, Any], symmetric: bool) -> None:
+    torch.manual_seed(0)
+    w, seen = torch.randn(60, 64), Moments(moments(64, 1), 200)
+    for bits in (1, 2, 3, 4, 8):
+        method = DecoupleQ(bits=bits, symmetric=symmetric, **form)
+        solved, tried = method.solve(w, seen)[0], method.tried(w, seen)
+        assert tried.nbytes == solved.nbytes and tried.lo.dtype == solved.lo.dtype
+        assert 0.3 < seen.relative_loss(w, solved.decode()) / seen.relative_loss(w, tried.decode()) <= 1.001
+
+
 def test_decoupleq_starts_from_the_gptq_that_it_is_asked_for() -> None:
     w, seen = torch.randn(20, 48), Moments(moments(48, 1), 200)
     options: dict[str, Any] = {"bits": 2, "grid": "mse", "round_zero": True, "scale_dtype": "float32"}
@@ -524,14 +548,11 @@ def test_weights_of_unknown_inputs_are_rounded_on_the_best_grid(symmetric: bool)
 def test_rows_are_solved_in_parts_of_bounded_size(columns: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the weights, and of the matrix ``[groups, groups]`` that each row has."""
     monkeypatch.setattr(solver, "WEIGHTS", 4096)
-    sizes = []
-
-    def solve(part: Tensor) -> Solution:
-        batch, rows, _ = part.shape
-        sizes.append(batch * rows * max(columns, groups**2))
-        scale = torch.zeros(batch, groups, rows)
-        return Solution(scale, scale, part.transpose(1, 2), torch.zeros(batch, rows))
-
-    w = torch.randn(2, 50, columns)
-    found = solver.solve_rows(w, groups, solve)
-    assert max(sizes) <= 4096 < sum(sizes) and torch.equal(found.codes.transpose(1, 2), w)
+    w, seen = torch.randn(100, columns), Moments(moments(columns, 1, batch=2), 200)
+    parts = solver.in_parts(seen.rows(w), groups)
+    sizes = [part.shape[0] * part.shape[1] * max(columns, groups**2) for part in parts]
+    assert max(sizes) <= 4096 < sum(sizes)
+    method = DecoupleQ(bits=2, group_size=columns // groups)
+    in_parts = method.solve(w, seen)[0]
+    monkeypatch.undo()
+    assert torch.equal(in_parts.codes, method.solve(w, seen)[0].codes)

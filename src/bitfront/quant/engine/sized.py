@@ -188,7 +188,7 @@ def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moment
 def _solved(method: Any, w: Tensor, inputs: Moments | None) -> tuple[Packed, Tensor]:
     """As it is stored, and its values."""
     if isinstance(method, PostTraining):
-        packed, _ = method.solve(w, inputs)
+        packed = method.tried(w, inputs)
         return packed, packed.decode().to(w.device)
     packed = method.quantizer(w).encode(w)  # whose range is yet to be trained
     lo, span = fitted_range(w, method.group_size, method.bits)

@@ -19,9 +19,10 @@ small systems, which are float64 with relative thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,6 @@ from bitfront.quant.storage.scales import PLAIN, Scales
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
 MOST = 2.0  # times a row is made larger or smaller: of one that has lost half its power, the rest is noise
-LEAST = 0.25  # of a group's range: what ``shrunk`` may leave of it
 PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
 
@@ -133,6 +133,11 @@ class Grid:
     scale: Tensor
     zero: Tensor
 
+    def ranges(self, levels: int) -> tuple[Tensor, Tensor]:
+        """``lo`` and ``span`` as ``Packed`` has them, ``[batch · rows, groups]``."""
+        lo, scale = (x.transpose(1, 2).reshape(-1, x.shape[1]) for x in (self.zero, self.scale))
+        return lo, scale * levels
+
 
 @dataclass
 class Solution(Grid):
@@ -154,6 +159,9 @@ class Solution(Grid):
             for name in ("scale", "zero", "codes")
         )
         return Solution(scale, zero, codes, torch.where(better, other.loss, self.loss))
+
+
+G = TypeVar("G", bound=Grid)
 
 
 class Layer:
@@ -197,6 +205,11 @@ class Layer:
         error = self.values(codes, grid).sub_(self.w)
         return Solution(grid.scale, grid.zero, codes, (self.H @ error).mul_(error).sum(1, dtype=torch.float64))
 
+    @property
+    def power(self) -> Tensor:
+        """Of the outputs, as a loss: ``[batch, rows]``."""
+        return (self.w * (self.H @ self.w)).sum(1, dtype=torch.float64)
+
     def min_max(self, round_zero: bool = False) -> Grid:
         """From the smallest to the largest weight of each group, as ``rounding.spanning`` has it."""
         lo, hi = torch.aminmax(self._grouped(self.w), dim=2)
@@ -205,9 +218,7 @@ class Layer:
 
     def as_stored(self, grid: Grid) -> Grid:
         """The grid that is left of one when its zero and span are stored."""
-
-        rows = (x.transpose(1, 2).reshape(-1, self.groups) for x in (grid.zero, grid.scale * self.levels))
-        stored = self.scales.stored(next(rows), next(rows))
+        stored = self.scales.stored(*grid.ranges(self.levels))
         zero, span = (x.float().view(self.batch, -1, self.groups).transpose(1, 2) for x in stored)
         return Grid(span / self.levels, zero)
 
@@ -229,7 +240,7 @@ class Layer:
         grid = self.as_stored(Grid(solution.scale * gain, solution.zero * gain))
         return self.solution(solution.codes, grid)
 
-    def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = LEAST) -> Grid:
+    def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = 0.25) -> Grid:
         """The part of each group's range in which rounding to nearest costs least, by the diagonal of ``H`` alone."""
         full, w = self.min_max(round_zero), self._grouped(self.w)
         weight = self._grouped(self.curvature.diagonal[:, :, None])
@@ -451,11 +462,15 @@ class Layer:
         return scale, zero, inverse, offset
 
 
-def solve_rows(w: Tensor, groups: int, solve: Callable[[Tensor], Solution]) -> Solution:
-    """Solve ``w`` ``[batch, rows, columns]``, of so many groups a row, in parts, which bounds the memory."""
-    each = w.shape[0] * max(w.shape[2], groups**2)
-    parts = [solve(part) for part in w.split(max(1, WEIGHTS // each), dim=1)]
-    return Solution(*(torch.cat([getattr(p, name) for p in parts], -1) for name in ("scale", "zero", "codes", "loss")))
+def in_parts(w: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """``[batch, rows, columns]``, of so many groups a row, as so many rows as may be worked on at once."""
+    return w.split(max(1, WEIGHTS // (w.shape[0] * max(w.shape[2], groups**2))), dim=1)
+
+
+def joined(parts: Sequence[G]) -> G:
+    """One grid, or solution, of those of parts."""
+    names = (field.name for field in fields(parts[0]))
+    return type(parts[0])(*(torch.cat([getattr(part, name) for part in parts], -1) for name in names))
 
 
 def _columns_first(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bitfront.quant.layers.inputs import Moments
 from bitfront.quant.layers.solver import Grid, Layer, Solution
-from bitfront.quant.methods.gptq import GPTQ
+from bitfront.quant.methods.gptq import GPTQ, Found
 from bitfront.quant.storage.packed import Packed
 from bitfront.quant.storage.rounding import fitted_range, on_stored_grid
 from bitfront.ranges import Ranges
@@ -68,8 +68,17 @@ class DecoupleQ(GPTQ):
         lo, span = fitted_range(w, self.group_size, self.bits, self.symmetric)
         return on_stored_grid(w, self.bits, lo, span, self.group_size, self.scales), {}
 
-    def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
-        steps = super().steps(layer)
+    def tried(self, w: Tensor, inputs: Moments | None) -> Packed:
+        return self.solve(w, inputs)[0] if inputs is None else self.solve_by(self._gptq, w, inputs)[0]
+
+    def _gptq(self, layer: Layer, start: Grid) -> Found:
+        """In its range, or, where that is better, in the one that our rounds start from."""
+        steps, grid = super().steps(layer, start), layer.as_stored(layer.shrunk())
+        shrunk = layer.solution(layer.feed_back(layer.w, grid, 0.0), grid)
+        return [*steps, ("shrunk", shrunk.or_better(steps[-1][1]))]
+
+    def steps(self, layer: Layer, start: Grid) -> Found:
+        steps = super().steps(layer, start)
         gptq = steps[-1][1]
         steps += [(f"round {n + 1}", best) for n, best in enumerate(self._rounds(layer, gptq))]
         best = steps[-1][1]

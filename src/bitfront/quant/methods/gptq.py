@@ -11,6 +11,7 @@ zero are rounded to nearest. The official grid, whose zero point is a whole numb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from bitfront.quant.core import check
 from bitfront.quant.layers.inputs import Moments
-from bitfront.quant.layers.solver import LEAST, Layer, Solution, solve_rows
+from bitfront.quant.layers.solver import Grid, Layer, Solution, in_parts, joined
 from bitfront.quant.layers.uses import Form
 from bitfront.quant.methods.rtn import RTN
 from bitfront.quant.storage.packed import Packed, code_dtype
-from bitfront.quant.storage.rounding import by_rows, min_max
-from bitfront.quant.storage.scales import Scales
+from bitfront.quant.storage.scales import PLAIN, Scales
 from bitfront.ranges import Ranges
+
+Found = list[tuple[str, Solution]]  # after each step, by name; the last one counts
+Steps = Callable[[Layer, Grid], Found]
 
 
 @dataclass(kw_only=True)
@@ -62,55 +65,63 @@ class GPTQ(RTN):
         return {"inputs": "", "block": "block", "fisher": "end"}[self.hessian]
 
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
-        if inputs is None:
-            return super().solve(w, inputs)
+        return super().solve(w, inputs) if inputs is None else self.solve_by(self.steps, w, inputs)
+
+    def solve_by(self, steps: Steps, w: Tensor, inputs: Moments) -> tuple[Packed, dict[str, Any]]:
+        """``solve`` by other steps."""
         size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
         padding = -inputs.columns % size
         curvature = inputs.curvature(self.damping, self.act_order, padding)
-        log = {"power": 0.0}
+        rows = inputs.rows(w.float())
+        flat = (rows == rows[..., :1]).all(2)
+        rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
+        parts = in_parts(rows, rows.shape[2] // size)
 
-        def solve(rows: Tensor) -> Solution:
-            layer = Layer(rows, curvature, self.bits, size, self.symmetric, scales)
-            steps = self.steps(layer)
-            if self.unbiased:
-                steps = [*steps, ("unbiased", layer.unbiased(steps[-1][1]))]
-            for name, solution in steps:
-                log[name] = log.get(name, 0.0) + in_all(solution.loss)
-            log["power"] += in_all((layer.w * (layer.H @ layer.w)).sum(1, dtype=torch.float64))
-            return steps[-1][1]
+        def layer(part: Tensor, scales: Scales = PLAIN) -> Layer:
+            return Layer(part, curvature, self.bits, size, self.symmetric, scales)
 
         def in_all(loss: Tensor) -> float:
             return (loss * curvature.mean[:, None]).sum().item()
 
-        rows = inputs.rows(w.float())
-        lines = torch.Size((inputs.batch * rows.shape[1], inputs.columns))
-        flat = (rows == rows[..., :1]).all(2)
-        rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
-        lo, span = (by_rows(x, lines) for x in min_max(rows, size, self.bits, self.symmetric, self.round_zero))
-        scales = self.scales.fitting(lo, span * (LEAST if self.grid == "mse" else 1), self.bits)
-        solution = solve_rows(rows, rows.shape[2] // size, solve)
-        power = log.pop("power") or 1.0
+        starts = [self.start(layer(part)) for part in parts]
+        scales = self.scales.fitting(*joined(starts).ranges(2**self.bits - 1), self.bits)
+        solutions: list[Solution] = []
+        log = dict[str, float]()
+        power = 0.0
+        for part, start in zip(parts, starts, strict=True):
+            rows_at_work = layer(part, scales)
+            found = steps(rows_at_work, start)
+            if self.unbiased:
+                found = [*found, ("unbiased", rows_at_work.unbiased(found[-1][1]))]
+            for name, solution in found:
+                log[name] = log.get(name, 0.0) + in_all(solution.loss)
+            power += in_all(rows_at_work.power)
+            solutions.append(found[-1][1])
+        power = power or 1.0
         about = {
             "steps": {name: loss / power for name, loss in log.items()},
             "damping": self.damping + curvature.raised,
             "dead_inputs": int(curvature.dead.sum()) - padding * inputs.batch,
             "flat_rows": int(flat.sum()),
         }
-        return packed(solution, w.shape, self.bits, scales, padding, inputs.form), about
+        return packed(joined(solutions), w.shape, self.bits, scales, padding, inputs.form), about
 
-    def steps(self, layer: Layer) -> list[tuple[str, Solution]]:
-        """The solution after each step, by name; the last one counts."""
-        grid = layer.as_stored((layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero))
+    def start(self, layer: Layer) -> Grid:
+        """Where the values are to be."""
+        return (layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero)
+
+    def steps(self, layer: Layer, start: Grid) -> Found:
+        """From where the values are to be to the solution."""
+        grid = layer.as_stored(start)
         nearest = layer.solution(layer.nearest(grid), grid)
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 
 
 def packed(solution: Solution, shape: torch.Size, bits: int, scales: Scales, padding: int, form: Form) -> Packed:
     """A solution as it is stored, without the columns of padding; its rows are the tensor's in a form."""
-    codes, scale, zero = (x.transpose(1, 2) for x in (solution.codes, solution.scale, solution.zero))
-    levels, groups = 2**bits - 1, scale.shape[2]
-    codes = codes.reshape(scale.numel(), -1).to(code_dtype(levels))
-    lo, span = (x.flatten() for x in scales.stored(zero.reshape(-1, groups), (scale * levels).reshape(-1, groups)))
+    levels = 2**bits - 1
+    codes = solution.codes.transpose(1, 2).reshape(solution.scale.numel(), -1).to(code_dtype(levels))
+    lo, span = (x.flatten() for x in scales.stored(*solution.ranges(levels)))
     width = torch.tensor([bits], dtype=torch.uint8, device=codes.device)
     found = Packed(codes, width, lo, span, shape, 0, scales.table, form.view, form.axes)
     lines = len(solution.loss) * solution.loss.shape[1]
