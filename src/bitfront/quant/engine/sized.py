@@ -1,9 +1,9 @@
 """A method with a width for each tensor, such that the file has at most a given size and the least predicted loss.
 
 All tensors are tried at all widths, after training also in smaller groups, on the float network with the method's own
-solver (for what trains, with the range that is best for the weights it starts from). The cost of each error is weighed
-by what the end of the network feels of it (``sensitivity``), and what each tensor gets is chosen (``budget``) by the
-bytes that the file has with it: all else in it is priced first.
+solver or one near it (``tried``; for what trains, with the range that is best for the weights it starts from). The cost
+of each error is weighed by what the end of the network feels of it (``sensitivity``), and what each tensor gets is
+chosen (``budget``) by the bytes that the file has with it: all else in it is priced first.
 """
 
 from __future__ import annotations
