@@ -36,10 +36,10 @@ lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (installs lm-eval)
-	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval]'
+test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (installs lm-eval and MLX)
+	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval]' 'mlx[cpu]==0.32.4'
 	$(PY) -m pytest -m slow
-	$(PY) -m pytest tests/test_harness.py
+	$(PY) -m pytest tests/test_harness.py tests/test_interchange.py
 
 bench: .venv/installed  ## Compare with the official packages (installs them, which needs a C compiler; hours)
 	$(PY) -m benchmarks.solver
