@@ -293,6 +293,33 @@ def test_the_price_of_an_error_is_what_the_end_feels() -> None:
     assert network[1].weight.requires_grad and network[0].weight.grad is None
 
 
+def test_the_price_by_drawn_labels_is_fishers() -> None:
+    """Of logits ``A x`` it is ``sum |x|² (1 - sum p²)``: the gradient is ``(p - drawn) xᵀ``."""
+    torch.manual_seed(0)
+    network, batches = nn.Linear(12, 5, bias=False), [2 * torch.randn(40, 12) for _ in range(60)]
+    network.weight.data *= 3
+
+    def drawn(net: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        labels = torch.multinomial(net(x).detach().softmax(-1), 1, generator=generator)[:, 0]
+        return F.cross_entropy(net(x), labels, reduction="sum")
+
+    data = Calibration(batches, lambda net, x: net(x), loss=drawn)
+    found = gradients(network, {"weight": network.weight}, data)["weight"]
+    x = torch.cat(batches)
+    wanted = x.square().sum(1) @ (1 - network(x).softmax(-1).square().sum(1))
+    assert found == pytest.approx(wanted.item(), rel=0.05)
+
+
+def test_what_is_padding_at_the_end_has_no_price() -> None:
+    network, x = nn.Linear(6, 4, bias=False), torch.randn(1, 3, 6)
+    x[:, 1:] *= 100
+    padded, alone = (
+        gradients(network, {"weight": network.weight}, Calibration([batch], lambda net, b: net(b), valid=valid))
+        for batch, valid in ((x, lambda _: torch.tensor([1 / 3])), (x[:, :1], lambda _: None))
+    )
+    assert padded["weight"] == pytest.approx(alone["weight"], rel=1e-5)
+
+
 SMOKE = ("task=vit", "smoke=true", "wandb=disabled")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.engine.blockwise import Tuning, floats, kept
+from bitfront.quant.engine.blockwise import Tuning, floats
 from bitfront.quant.engine.by_blocks import ByBlocks
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.plan import Unit
 from bitfront.quant.engine.route import Route, forward, of_unit
+from bitfront.quant.engine.sensitivity import probed
 from bitfront.quant.forwards.captured import Captured
-from bitfront.quant.forwards.together import place
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.felt import Felt, Sums, felt, probe
+from bitfront.quant.layers.felt import Felt, Sums, felt
 from bitfront.quant.layers.inputs import Moments, Reached, Watch, until
 from bitfront.quant.storage.packed import Packed
 
@@ -53,35 +53,6 @@ def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
         x.double().reshape(len(x), -1).square().sum(1) @ counts.to(w.device).double() for x in (w, quantized - w)
     )
     return (error / power).item() if power else 0.0
-
-
-def felt_by(
-    module: nn.Module,
-    weights: dict[str, nn.Parameter],
-    passes: Iterable[tuple[int, Tensor | None, Callable[[], object]]],
-    generator: torch.Generator,
-    time_last: bool,
-) -> Felt:
-    """What of the inputs of layers the output of a module feels.
-
-    Args:
-        module, weights: which holds the layers, and theirs.
-        passes: number of the batch, what is not padding, and a forward that calls the module.
-        generator: of random signs.
-        time_last: where padding is, in outputs, as of a ``Unit``.
-    """
-    found: list[Tensor] = []
-
-    def probed(run: Callable[[], object], valid: Tensor | None) -> Tensor:
-        found.clear()
-        run()
-        return probe([kept(x, valid, time_last) for x in found], generator)
-
-    hook = module.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
-    try:
-        return felt(weights, ((n, valid, partial(probed, run, valid)) for n, valid, run in passes))
-    finally:
-        hook.remove()
 
 
 def tunes(method: ByBlocks, network: nn.Module, unit: Unit) -> bool:
@@ -206,11 +177,10 @@ class Block:
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
         """What of the inputs of layers the output of the block, as it now is, feels."""
         network, unit = self.network, self.unit
-        generator = torch.Generator().manual_seed(self.seed + place()[0])
         run = partial(forward, network, unit, self.here.data, self.here.rest)
-        passes = ((captured.of[0], captured.valid, partial(run, captured)) for captured in inputs)
-        with undisturbed(network):
-            return felt_by(self.block, {name: self.weights[name] for name in stage}, passes, generator, unit.time_last)
+        forwards = ((captured.of[0], captured.valid, partial(run, captured)) for captured in inputs)
+        with undisturbed(network), probed(self.block, forwards, self.seed, unit.time_last) as passes:
+            return felt({name: self.weights[name] for name in stage}, passes)
 
     def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
         """Quantize one layer, of which a part may be idle."""

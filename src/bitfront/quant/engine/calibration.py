@@ -14,26 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from bitfront.progress import Bar
 from bitfront.quant.core import Method, check
-from bitfront.quant.engine.block import felt_by, quantize_block, solve, tunes
+from bitfront.quant.engine.block import quantize_block, solve, tunes
 from bitfront.quant.engine.blockwise import norm_parameters
 from bitfront.quant.engine.by_blocks import ByBlocks
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.moving import Moving
 from bitfront.quant.engine.plan import Calibration, plan
 from bitfront.quant.engine.route import Exact, Route
+from bitfront.quant.engine.sensitivity import at_the_end
 from bitfront.quant.engine.states import States, fingerprint
-from bitfront.quant.forwards.captured import copied
-from bitfront.quant.forwards.functional import differentiable
 from bitfront.quant.forwards.offload import Offload
-from bitfront.quant.forwards.together import check_alike, place, together
+from bitfront.quant.forwards.together import check_alike, together
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Felt, felt
 from bitfront.quant.layers.inputs import no_fast_path
@@ -165,9 +162,9 @@ def _walk(
     """Quantize one block after the other, or take what an earlier attempt left of it; the state of each."""
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
-    at_the_end: Felt = {}
+    end: Felt = {}
     if method.feels == "end" and units and not (states and all(map(states.load, range(len(units))))):
-        at_the_end = felt_at_the_end(network, weights, data, units[-1].time_last)
+        end = felt_at_the_end(network, weights, data, units[-1].time_last)
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
     tuned = {unit.block for unit in units if tunes(method, network, unit)}
@@ -179,7 +176,7 @@ def _walk(
         if exact and (state or any(anew[n + 1 :])):
             exact.keep(unit)
         if state is None:
-            state = quantize_block(here, exact, method, unit, weights, at_the_end, n)
+            state = quantize_block(here, exact, method, unit, weights, end, n)
             if states:
                 states.save(n, state)
         for name, fields in state["packed"].items():
@@ -198,11 +195,5 @@ def felt_at_the_end(
         network, weights, data: of the calibration.
         time_last: where padding is, in outputs, as of a ``Unit``.
     """
-    generator, loss = torch.Generator().manual_seed(data.seed + place()[0]), data.loss
-    bar = Bar(data.batches, desc="what the end feels", unit="batch")
-    numbered = ((n, data.valid(batch), batch) for n, batch in enumerate(bar))
-    with undisturbed(network), differentiable(network):
-        if loss:
-            return felt(weights, ((n, v, partial(loss, network, copied(batch), generator)) for n, v, batch in numbered))
-        passes = ((n, valid, partial(data.forward, network, batch)) for n, valid, batch in numbered)
-        return felt_by(network, weights, passes, generator, time_last)
+    with at_the_end(network, data, time_last) as passes:
+        return felt(weights, passes)

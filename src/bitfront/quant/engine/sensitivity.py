@@ -1,4 +1,5 @@
-"""What the end of the network feels of an error in a weight, so that errors of all weights are in one unit.
+"""What the end of the network, or of a block, feels of an error in a weight, so that errors of all weights are in one
+unit.
 
 With ``J`` the Jacobian of the outputs in the output of a layer, an error ``dW`` of its weight costs
 ``sum |J dW x|²`` over the samples. Of ``Jᵀ J`` one number per layer is kept (as if it were ``c I``), found by
@@ -7,76 +8,104 @@ backward passes of outputs times random signs, whose squared gradients have the 
 
     loss(dW) = c tr(dW H dWᵀ),      c = E |gradient of W|² / (rows · tr H)
 
-Where nothing is known of the inputs, H is the unit matrix. (In the manner of HAWQ-V2, arXiv 1911.03852, and of the
-Fisher weights of OAC, arXiv 2405.15025.)
+Where the network's answers are known to be odds, the passes are of their loss with labels drawn from themselves: then
+it is what the error costs in relative entropy (Fisher). Where nothing is known of the inputs, H is the unit matrix.
+(In the manner of HAWQ-V2, arXiv 1911.03852, and of the Fisher weights of OAC, arXiv 2405.15025.)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.engine.blockwise import floats
+from bitfront.progress import Bar
+from bitfront.quant.engine.blockwise import floats, kept
 from bitfront.quant.engine.plan import Calibration
+from bitfront.quant.forwards.captured import copied
 from bitfront.quant.forwards.functional import differentiable
 from bitfront.quant.forwards.together import gathered, place
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.felt import probe
+from bitfront.quant.layers.felt import Pass, probe
 from bitfront.quant.layers.inputs import Moments
 
 
-def gradients(
-    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, seed: int = 0
-) -> dict[str, float]:
-    """The squared gradient of each weight, summed over its values and all batches, for random signs at the outputs.
-
-    Each output counts by its power. Outputs are what the network gives, whatever loss ``data.run`` makes of them.
+@contextmanager
+def probed(
+    module: nn.Module,
+    forwards: Iterable[tuple[int, Tensor | None, Callable[[], object]]],
+    seed: int,
+    time_last: bool,
+) -> Iterator[Iterator[Pass]]:
+    """Passes to a scalar: a module's output times random signs, without what is padding.
 
     Args:
-        network: float, on the device to work on.
-        weights: of it.
-        data: batches.
+        module: of the network.
+        forwards: number of the batch, what is not padding, and a forward that calls the module.
         seed: of the signs, which differ between processes.
+        time_last: where padding is, as of a ``Unit``.
     """
-    total = dict.fromkeys(weights, 0.0)
-    generator = torch.Generator().manual_seed(seed + place()[0])
-    found: list[Tensor] = []
-    hook = network.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
-    learning = {p: p.requires_grad for p in network.parameters()}
+    generator, found = torch.Generator().manual_seed(seed + place()[0]), list[Tensor]()
+
+    def run(forward: Callable[[], object], valid: Tensor | None) -> Tensor:
+        found.clear()
+        forward()
+        return probe([kept(x, valid, time_last) for x in found], generator)
+
+    hook = module.register_forward_hook(lambda _module, _args, output: found.extend(floats(output)))
     try:
-        with undisturbed(network):
-            network.eval()
-            for name, p in network.named_parameters():
-                p.requires_grad_(name in weights)
-            for batch in data.batches:
-                found.clear()
-                for name, g in _of_batch(network, weights, data, batch, found, generator).items():
-                    total[name] += g
+        yield ((n, valid, partial(run, forward, valid)) for n, valid, forward in forwards)
     finally:
         hook.remove()
-        for p, kept in learning.items():
-            p.requires_grad_(kept)
+
+
+@contextmanager
+def at_the_end(network: nn.Module, data: Calibration, time_last: bool) -> Iterator[Iterator[Pass]]:
+    """For each batch, a pass that has gradients to a scalar: of ``data.loss``, if that is known, else of the network's
+    outputs."""
+    bar = Bar(data.batches, desc="what the end feels", unit="batch")
+    numbered = ((n, data.valid(batch), batch) for n, batch in enumerate(bar))
+    with undisturbed(network), differentiable(network):
+        if loss := data.loss:
+            generator = torch.Generator().manual_seed(data.seed + place()[0])
+            yield ((n, v, partial(loss, network, copied(batch), generator)) for n, v, batch in numbered)
+            return
+        forwards = ((n, valid, partial(data.forward, network, batch)) for n, valid, batch in numbered)
+        with probed(network, forwards, data.seed, time_last) as passes:
+            yield passes
+
+
+def gradients(
+    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, time_last: bool = False
+) -> dict[str, float]:
+    """The squared gradient of each weight, summed over its values and all batches.
+
+    Args:
+        network: float, in evaluation mode, on the device to work on.
+        weights: of it.
+        data: batches.
+        time_last: where padding is, in outputs, as of a ``Unit``.
+    """
+    total = dict.fromkeys(weights, 0.0)
+    learning = {p: p.requires_grad for p in network.parameters()}
+    try:
+        for name, p in network.named_parameters():
+            p.requires_grad_(name in weights)
+        with at_the_end(network, data, time_last) as passes:
+            for _, _, run in passes:
+                if not (end := run()).requires_grad:
+                    continue
+                grads = torch.autograd.grad(end, list(weights.values()), allow_unused=True)
+                for name, g in zip(weights, grads, strict=True):
+                    total[name] += 0.0 if g is None else g.double().square().sum().item()
+    finally:
+        for p, before in learning.items():
+            p.requires_grad_(before)
     everyone = gathered(total)
     return {name: sum(one[name] for one in everyone) for name in total}
-
-
-def _of_batch(
-    network: nn.Module,
-    weights: dict[str, nn.Parameter],
-    data: Calibration,
-    batch: Any,
-    found: list[Tensor],
-    generator: torch.Generator,
-) -> dict[str, float]:
-    with differentiable(network):
-        data.forward(network, batch)
-        probed = probe(found, generator)
-        if not probed.requires_grad:
-            return {}
-        grads = torch.autograd.grad(probed, list(weights.values()), allow_unused=True)
-    return {name: g.double().square().sum().item() for name, g in zip(weights, grads, strict=True) if g is not None}
 
 
 def price(w: Tensor, gradient: float, inputs: Moments | None) -> float:

@@ -103,9 +103,11 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
 def _tried(
     network: nn.Module, method: FixedBits, weights: dict[str, nn.Parameter], data: Calibration
 ) -> dict[str, Tried]:
-    felt = gradients(network, weights, data)
     found: dict[str, Tried] = {}
-    forms, stages, others = _stages(network, weights, data)
+    units = plan(network, weights, data)
+    felt = gradients(network, weights, data, units[-1].time_last if units else False)
+    forms = {name: form for unit in units for name, form in unit.forms.items()}
+    stages = [stage for unit in units for stage in unit.stages]
     bar = Bar(weights, desc="trying widths", unit="tensor")
     for part in _parts(stages, weights, forms):
         for stage, sums in zip(part, _summed(network, part, weights, data, forms), strict=True):
@@ -114,20 +116,11 @@ def _tried(
                 own = moments.with_lookup(weights[name].detach()) if moments and sums.lookup else moments
                 found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
-    for name in others:
+    for name in (name for unit in units for name in (*unit.looked_up, *unit.blind)):
         found[name] = _at_all_widths(method, name, weights[name], None, felt[name])
         bar.update()
     bar.close()
     return {name: found[name] for name in weights}
-
-
-def _stages(
-    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration
-) -> tuple[dict[str, Form], list[list[str]], list[str]]:
-    units = plan(network, weights, data)
-    forms = {name: form for unit in units for name, form in unit.forms.items()}
-    others = [name for unit in units for name in (*unit.looked_up, *unit.blind)]
-    return forms, [stage for unit in units for stage in unit.stages], others
 
 
 def _parts(
