@@ -33,6 +33,7 @@ STYLE: Any = {
 }
 HASH = re.compile(r"\b([cmp])[0-9a-f]{10}\b")
 MARKERS = "osD^vP*X"
+WIDE = 5  # times the least error, from which on errors have a logarithmic axis
 
 
 def draw(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> None:
@@ -70,10 +71,16 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
             label=f"{method}, published" if theirs else None,
             **look,
         )
+    _name_beyond(axes, table, edge)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    shown = [row.value for row in table if row.better(row.value) >= edge]
+    if not row.higher_is_better and max(shown) > WIDE * min(shown) > 0:
+        axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(ticker.NullFormatter())
     axes.set(xlabel="file size, MiB", ylabel=f"test {row.metric} {arrow(row)}", title=row.task)
     if isfinite(edge) and row.higher_is_better:
         axes.set_ylim(bottom=edge)
@@ -99,17 +106,26 @@ def _measured(axes: Any, rows: Sequence[Row], edge: float, look: dict[str, Any])
     line = front(points)
     sizes, values = [row.size / MIB for row in line], [row.value for row in line]
     axes.plot(sizes, values, color=look["color"], linewidth=1, alpha=0.5)
-    beyond: dict[str, list[Row]] = {}  # by place
-    for row in rows:
+    beyond = [row.size / MIB for row in rows if row.better(row.value) < edge]
+    axes.plot(beyond, [rows[0].better(edge)] * len(beyond), linestyle="", clip_on=False, zorder=3, **look)
+
+
+def _name_beyond(axes: Any, table: Sequence[Row], edge: float) -> None:
+    """The values of what lies on the edge, of each place together."""
+    beyond: dict[str, list[Row]] = {}
+    for row in table:
         if row.better(row.value) < edge:
             beyond.setdefault(f"{row.size / MIB:.3g}", []).append(row)
-    inwards, side = (7, "bottom") if rows[0].higher_is_better else (-7, "top")
-    upright: dict[str, Any] = {"rotation": 90, "ha": "center", "va": side}  # as places are often close to each other
+    inwards, side = (7, "bottom") if table[0].higher_is_better else (-7, "top")
+    upright: dict[str, Any] = {"rotation": 90, "ha": "right", "va": side}  # as places are often close to each other
     for there in beyond.values():
         at = (there[0].size / MIB, there[0].better(edge))
-        axes.plot(*at, clip_on=False, zorder=3, **look)
-        text = ", ".join(f"{row.value:.3g}" for row in there)
-        axes.annotate(text, at, (0, inwards), textcoords="offset points", **upright)
+        text = ", ".join(f"{row.method} {_short(row.value)}" for row in there)
+        axes.annotate(text, at, (-4, inwards), textcoords="offset points", fontsize=7, **upright)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def over_layers(
