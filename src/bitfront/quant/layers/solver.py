@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from bitfront.quant.storage.scales import PLAIN, Scales
 BLOCK = 64  # columns that are worked on one by one before the rest is updated in one product
 WEIGHTS = 1 << 25  # worked on at once: more rows are solved in turn, which bounds the memory
 MOST = 2.0  # times a row is made larger or smaller: of one that has lost half its power, the rest is noise
+LEAST = 0.25  # of a group's range: what ``shrunk`` may leave of it
 PULL, OVERSHOOT = 0.03, 1.6  # of the alternating directions in ``relax``
 NOTHING, IDLE = 1e-12, 1e-6  # relative to the mean: inputs up to the one are always zero; the weight that these get
 
@@ -161,9 +161,6 @@ class Solution(Grid):
         return Solution(scale, zero, codes, torch.where(better, other.loss, self.loss))
 
 
-G = TypeVar("G", bound=Grid)
-
-
 class Layer:
     """The problem of some rows of a layer.
 
@@ -240,7 +237,7 @@ class Layer:
         grid = self.as_stored(Grid(solution.scale * gain, solution.zero * gain))
         return self.solution(solution.codes, grid)
 
-    def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = 0.25) -> Grid:
+    def shrunk(self, round_zero: bool = False, steps: int = 16, least: float = LEAST) -> Grid:
         """The part of each group's range in which rounding to nearest costs least, by the diagonal of ``H`` alone."""
         full, w = self.min_max(round_zero), self._grouped(self.w)
         weight = self._grouped(self.curvature.diagonal[:, :, None])
@@ -467,10 +464,9 @@ def in_parts(w: Tensor, groups: int) -> tuple[Tensor, ...]:
     return w.split(max(1, WEIGHTS // (w.shape[0] * max(w.shape[2], groups**2))), dim=1)
 
 
-def joined(parts: Sequence[G]) -> G:
-    """One grid, or solution, of those of parts."""
-    names = (field.name for field in fields(parts[0]))
-    return type(parts[0])(*(torch.cat([getattr(part, name) for part in parts], -1) for name in names))
+def joined(parts: Sequence[Solution]) -> Solution:
+    """One solution of those of parts."""
+    return Solution(*(torch.cat([getattr(part, field.name) for part in parts], -1) for field in fields(Solution)))
 
 
 def _columns_first(x: Tensor) -> Tensor:

@@ -71,14 +71,14 @@ class DecoupleQ(GPTQ):
     def tried(self, w: Tensor, inputs: Moments | None) -> Packed:
         return self.solve(w, inputs)[0] if inputs is None else self.solve_by(self._gptq, w, inputs)[0]
 
-    def _gptq(self, layer: Layer, start: Grid) -> Found:
+    def _gptq(self, layer: Layer) -> Found:
         """In its range, or, where that is better, in the one that our rounds start from."""
-        steps, grid = super().steps(layer, start), layer.as_stored(layer.shrunk())
+        steps, grid = super().steps(layer), layer.as_stored(layer.shrunk())
         shrunk = layer.solution(layer.feed_back(layer.w, grid, 0.0), grid)
         return [*steps, ("shrunk", shrunk.or_better(steps[-1][1]))]
 
-    def steps(self, layer: Layer, start: Grid) -> Found:
-        steps = super().steps(layer, start)
+    def steps(self, layer: Layer) -> Found:
+        steps = super().steps(layer)
         gptq = steps[-1][1]
         steps += [(f"round {n + 1}", best) for n, best in enumerate(self._rounds(layer, gptq))]
         best = steps[-1][1]

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from bitfront.quant.core import check
 from bitfront.quant.layers.inputs import Moments
-from bitfront.quant.layers.solver import Grid, Layer, Solution, in_parts, joined
+from bitfront.quant.layers.solver import LEAST, Layer, Solution, in_parts, joined
 from bitfront.quant.layers.uses import Form
 from bitfront.quant.methods.rtn import RTN
 from bitfront.quant.storage.packed import Packed, code_dtype
-from bitfront.quant.storage.scales import PLAIN, Scales
+from bitfront.quant.storage.rounding import by_rows, min_max
+from bitfront.quant.storage.scales import Scales
 from bitfront.ranges import Ranges
 
 Found = list[tuple[str, Solution]]  # after each step, by name; the last one counts
-Steps = Callable[[Layer, Grid], Found]
+Steps = Callable[[Layer], Found]
 
 
 @dataclass(kw_only=True)
@@ -75,27 +76,21 @@ class GPTQ(RTN):
         rows = inputs.rows(w.float())
         flat = (rows == rows[..., :1]).all(2)
         rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
-        parts = in_parts(rows, rows.shape[2] // size)
-
-        def layer(part: Tensor, scales: Scales = PLAIN) -> Layer:
-            return Layer(part, curvature, self.bits, size, self.symmetric, scales)
+        scales = self._fitting(rows, size)
 
         def in_all(loss: Tensor) -> float:
             return (loss * curvature.mean[:, None]).sum().item()
 
-        starts = [self.start(layer(part)) for part in parts]
-        scales = self.scales.fitting(*joined(starts).ranges(2**self.bits - 1), self.bits)
         solutions: list[Solution] = []
-        log = dict[str, float]()
-        power = 0.0
-        for part, start in zip(parts, starts, strict=True):
-            rows_at_work = layer(part, scales)
-            found = steps(rows_at_work, start)
+        log, power = dict[str, float](), 0.0
+        for part in in_parts(rows, rows.shape[2] // size):
+            layer = Layer(part, curvature, self.bits, size, self.symmetric, scales)
+            found = steps(layer)
             if self.unbiased:
-                found = [*found, ("unbiased", rows_at_work.unbiased(found[-1][1]))]
+                found = [*found, ("unbiased", layer.unbiased(found[-1][1]))]
             for name, solution in found:
                 log[name] = log.get(name, 0.0) + in_all(solution.loss)
-            power += in_all(rows_at_work.power)
+            power += in_all(layer.power)
             solutions.append(found[-1][1])
         power = power or 1.0
         about = {
@@ -106,13 +101,21 @@ class GPTQ(RTN):
         }
         return packed(joined(solutions), w.shape, self.bits, scales, padding, inputs.form), about
 
-    def start(self, layer: Layer) -> Grid:
-        """Where the values are to be."""
-        return (layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero)
+    def _fitting(self, rows: Tensor, size: int) -> Scales:
+        """How ranges are stored, whatever the inputs are, on which the bytes of a file must not depend."""
+        lines = torch.Size((rows.shape[0] * rows.shape[1], rows.shape[2]))
+        lo, span = (by_rows(x, lines) for x in min_max(rows, size, self.bits, self.symmetric, self.round_zero))
+        scales = self.scales.fitting(lo, span, self.bits)
+        if self.grid == "minmax" or scales.table:
+            return scales
+        # Of what a search may find, floats move the values most at one of its two ends.
+        tied = self.symmetric or self.round_zero
+        centre = 0.0 if tied else by_rows(rows.unflatten(2, (-1, size)).mean(3).flatten(), lines)
+        return scales.fitting(centre + (lo - centre) * LEAST, span * LEAST, self.bits)
 
-    def steps(self, layer: Layer, start: Grid) -> Found:
-        """From where the values are to be to the solution."""
-        grid = layer.as_stored(start)
+    def steps(self, layer: Layer) -> Found:
+        """To the solution."""
+        grid = layer.as_stored((layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero))
         nearest = layer.solution(layer.nearest(grid), grid)
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
 
