@@ -31,6 +31,15 @@ ADAPTIVE = {"vocabulary": 50, "dim": 16, "depth": 2, "heads": 2, "context": 12, 
 SMALL = ("task.dim=64", "task.depth=2", "task.heads=2", "task.context=32", "task.overlap=16", "task.cutoffs=[64,96]")
 
 
+@pytest.mark.parametrize("cutoffs", [[], [10, 20]])
+def test_words_are_drawn_as_often_as_they_are_likely(cutoffs: list[int]) -> None:
+    torch.manual_seed(0)
+    words, h = TransformerLM(**ADAPTIVE | {"cutoffs": cutoffs}).words, torch.randn(16)
+    found = words.drawn(h.expand(40_000, 16), torch.Generator().manual_seed(0)).bincount(minlength=50) / 40_000
+    wanted = words.logits(h).softmax(-1)
+    assert (found - wanted).abs().max() < 0.01 and found[20:].sum() > 0.02
+
+
 def task(name: str, *words: str) -> Language:
     return build_task(compose.load([f"task={name}", *words]))
 

@@ -103,11 +103,22 @@ def test_the_front_is_what_no_other_row_beats() -> None:
         assert row.best == (not any(beaten(cell, other) for other in values))
 
 
-def test_a_run_that_diverged_is_not_the_best(tmp_path: Path) -> None:
-    table = rows([fake("a", 1000, math.nan), fake("b", 2000, 50.0)])
+@pytest.mark.parametrize("less", [False, True])
+def test_a_run_that_diverged_is_not_the_best(less: bool, tmp_path: Path) -> None:
+    table = rows(
+        [fake(name, size, x, **low(x) if less else {}) for name, size, x in (("a", 1, math.nan), ("b", 2, 50))]
+    )
     assert [row.best for row in table] == [False, True]
     draw(table[:1], [], tmp_path / "x")
     assert (tmp_path / "x.svg").is_file()
+
+
+def test_errors_that_span_decades_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    for most, next_one in ((150, "50"), (60, "25")):
+        values = [20 + (most - 20) * n / 9 for n in range(10)]
+        draw(rows([fake("a", 2**20 * value, value, **low(value)) for value in values]), [], tmp_path / "x")
+        upright = re.findall(r"text-anchor: end[^>]*>(\d+)</text>", (tmp_path / "x.svg").read_text())
+        assert upright[:2] == ["20", next_one]
 
 
 def test_precisions_are_rows_of_their_own_and_copies_count_once() -> None:

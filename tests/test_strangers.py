@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from conftest import TiedGPT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -297,7 +298,9 @@ def test_a_branch_that_the_first_batch_leaves_out_is_seen() -> None:
 @pytest.mark.parametrize(
     "kind", [GPTQ, partial(GPTQ, hessian="fisher"), DecoupleQ], ids=["gptq", "fisher", "decoupleq"]
 )
-def test_an_expert_that_is_called_with_no_token_is_rounded_and_told(kind: Any, size: dict[str, Any]) -> None:
+def test_an_expert_that_is_called_with_no_token_is_rounded_and_told(
+    kind: Any, size: dict[str, Any], tmp_path: Path
+) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -311,6 +314,19 @@ def test_an_expert_that_is_called_with_no_token_is_rounded_and_told(kind: Any, s
     assert losses(model).keys() == {"experts.0.weight", "experts.1.weight"}
     assert "experts.2.weight (not used on these data)" in model.summary()
     assert model.log["blind"] == pytest.approx(1 / 3)
+    assert not {"hessian", "loss"} & model.log["layers"][-1].keys()
+    assert model.save(tmp_path / "net") <= size.get("max_size", 1) * 2**20
+
+
+def test_rows_that_are_looked_up_alone_are_not_blind() -> None:
+    """An output layer that is the embedding, of which no position is asked for."""
+
+    class Nothing(TiedGPT):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.hidden(self.embedding(x)))[:0])
+
+    model = bitfront.quantize(Nothing(), GPTQ(bits=3, **EVERY), [torch.arange(40).view(4, 10)])
+    assert model.log["blind"] == 0 and "embedding.weight" in model.encode()
 
 
 def test_a_list_of_one_block_is_a_list_of_blocks() -> None:

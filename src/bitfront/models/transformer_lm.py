@@ -91,6 +91,24 @@ class Words(nn.Module):
             losses = losses.index_put((mask,), of_word, accumulate=True)
         return losses
 
+    @torch.no_grad()
+    def drawn(self, h: Tensor, generator: torch.Generator) -> Tensor:
+        """Words ``[n]``, each as often as it is likely after the states ``h`` ``[n, dim]``."""
+
+        def draw(logits: Tensor) -> Tensor:
+            return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(h.device)
+
+        head = F.linear(h, weight(self.embeddings[0]))
+        if self.bands is None:
+            return draw(head)
+        chosen = draw(torch.cat([head, self.bands(h)], dim=1))
+        words = chosen.clone()
+        for band in range(1, len(self.embeddings)):
+            mask = chosen == self.edges[1] + band - 1
+            low = F.linear(h[mask], weight(self.projections[band]).t())
+            words[mask] = self.edges[band] + draw(F.linear(low, weight(self.embeddings[band])))
+        return words
+
 
 def weight(layer: nn.Module) -> Tensor:
     """Of an embedding or a linear layer."""
@@ -172,12 +190,13 @@ class TransformerLM(nn.Module):
         self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
         self.register_buffer("positions", sinusoids(context, dim), persistent=False)
 
-    def forward(self, words: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, words: Tensor, targets: Tensor | torch.Generator | None = None) -> Tensor:
         """Negative log-likelihood, in nats, of each target.
 
         Args:
             words: ``[batch, time]``.
-            targets: ``[batch, time]``, the words that follow them; None for any word that might.
+            targets: ``[batch, time]``, the words that follow them; a generator for words that it draws, each as often
+                as it is likely; None for any word that might.
 
         Returns:
             ``[batch, time]``; without targets the words' logits, ``[batch, time, vocabulary]``.
@@ -191,9 +210,11 @@ class TransformerLM(nn.Module):
                 x = layer(x)
         if targets is None:
             return self.words.logits(self.norm(x))
-        h = self.norm(x).flatten(0, 1)
-        parts = zip(h.split(CHUNK), targets.flatten().split(CHUNK), strict=True)
-        return torch.cat([self.words.nll(*part) for part in parts]).view_as(targets)
+        parts = self.norm(x).flatten(0, 1).split(CHUNK)
+        if isinstance(targets, torch.Generator):
+            targets = torch.cat([self.words.drawn(part, targets) for part in parts]).view_as(words)
+        pairs = zip(parts, targets.flatten().split(CHUNK), strict=True)
+        return torch.cat([self.words.nll(*pair) for pair in pairs]).view_as(targets)
 
 
 def sinusoids(context: int, dim: int) -> Tensor:

@@ -73,8 +73,8 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
         )
     _name_beyond(axes, table, edge)
     axes.set_xscale("log")
-    shown = [row.value for row in table if row.better(row.value) >= edge]
-    if not row.higher_is_better and max(shown) > WIDE * min(shown) > 0:
+    shown = [row.value for row in table if isfinite(row.value) and row.better(row.value) >= edge]
+    if shown and not row.higher_is_better and max(shown) > WIDE * min(shown) > 0:
         axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":

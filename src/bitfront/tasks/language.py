@@ -196,3 +196,8 @@ class WikiText103(Language):
     def summed(self) -> int:  # type: ignore[override]
         """The paper's penalty stands beside the loss summed over a window."""
         return self.context
+
+    def drawn_loss(self, net: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        tokens, new = batch
+        losses: Tensor = net(tokens[:, :-1], generator)  # without a number for each of its many words
+        return losses[new].sum()

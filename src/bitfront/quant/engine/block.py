@@ -39,7 +39,7 @@ def solve(
     packed, details = method.of(name).solve(w.detach(), moments)
     quantized = packed.decode().to(w.device)
     entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
-    if moments is not None:
+    if moments is not None and moments.count:
         entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
     elif looked_up is not None:
         entry |= {"inputs": int(looked_up.sum()), "loss": loss_of_rows(looked_up, w.detach(), quantized)}
@@ -165,14 +165,16 @@ class Block:
             moments, as_felt = sums.moments()
             seen = sums.plain
             about = {"padding": "counted"} if seen.padded else {}
-            unfelt = self.method.feels and not as_felt and (felt or not self.unit.block)
+            unfelt = self.method.feels and moments and not as_felt and (felt or not self.unit.block)
             about |= {"hessian": "inputs"} if unfelt else {}
             idle = (
                 [f"{seen.idle} of its {moments.batch} entries not used on these data"] if moments and seen.idle else []
             )
             for name in alike:
-                own = moments.with_lookup(self.weights[name].detach()) if moments and seen.lookup else moments
-                self.solve(name, own, idle, **about)
+                w = self.weights[name].detach()
+                own = moments or Moments.of_nothing(w, self.unit.forms[name])
+                own = moments.with_lookup(w) if moments and seen.lookup else own
+                self.solve(name, own, idle, rows_alone=seen.lookup, **about)
 
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
         """What of the inputs of layers the output of the block, as it now is, feels."""
@@ -182,13 +184,16 @@ class Block:
         with undisturbed(network), probed(self.block, forwards, self.seed, unit.time_last) as passes:
             return felt({name: self.weights[name] for name in stage}, passes)
 
-    def solve(self, name: str, moments: Moments | None, idle: Sequence[str] = (), **about: Any) -> None:
-        """Quantize one layer, of which a part may be idle."""
+    def solve(
+        self, name: str, moments: Moments | None, idle: Sequence[str] = (), rows_alone: bool = False, **about: Any
+    ) -> None:
+        """Quantize one layer, of which a part may be idle, or whose rows alone are outputs."""
         looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
         if self.tuned and self.method.moving:
             self.before[name] = self.weights[name].detach().clone()
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
-        told = name in self.unit.unseen or idle or (moments is None and looked_up is None)
+        blind = not (moments and moments.count) and looked_up is None and not rows_alone
+        told = name in self.unit.unseen or idle or blind
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 

@@ -40,7 +40,7 @@ Tuner = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]  # bo
 
 
 class Recipe(Protocol):
-    """Of the tuning: what ``PostTraining`` has."""
+    """Of the tuning: what ``ByBlocks`` has."""
 
     held_out: float
     patience: int

@@ -110,6 +110,6 @@ class ByBlocks(Sampled):
         raise NotImplementedError
 
     def tried(self, w: Tensor, inputs: Moments | None) -> Packed:
-        """A tensor in as many bytes as ``solve`` makes of it, in less time, with an error nearly in proportion
-        to that one's: what ``max_size`` chooses by."""
+        """A tensor in as many bytes as ``solve`` makes of it, in less time, with an error not far above that one's:
+        what ``max_size`` chooses by."""
         return self.solve(w, inputs)[0]

@@ -8,9 +8,9 @@ backward passes of outputs times random signs, whose squared gradients have the 
 
     loss(dW) = c tr(dW H dWᵀ),      c = E |gradient of W|² / (rows · tr H)
 
-Where the network's answers are known to be odds, the passes are of their loss with labels drawn from themselves: then
-it is what the error costs in relative entropy (Fisher). Where nothing is known of the inputs, H is the unit matrix.
-(In the manner of HAWQ-V2, arXiv 1911.03852, and of the Fisher weights of OAC, arXiv 2405.15025.)
+Where it is known what the network's answers are, the passes are of ``Calibration.loss``: with labels drawn from odds,
+it is what the error costs in relative entropy (Fisher). Where nothing is known of the inputs, H is the unit matrix. (In
+the manner of HAWQ-V2, arXiv 1911.03852, and of the Fisher weights of OAC, arXiv 2405.15025.)
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def price(w: Tensor, gradient: float, inputs: Moments | None) -> float:
     Args:
         w: the weight.
         gradient: its squared gradient.
-        inputs: as ``PostTraining.solve`` takes them.
+        inputs: as ``ByBlocks.solve`` takes them.
     """
     if inputs is None:
         return gradient / w.numel()

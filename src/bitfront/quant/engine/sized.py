@@ -73,6 +73,8 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
     if data.offload and data.device and data.device.type != "cpu":
         raise BitfrontError("max_size needs gradients of the whole network at once; give widths, or leave offload out")
     about, weights = about or {}, method.eligible(network)
+    if not weights:
+        raise BitfrontError("max_size has no tensor to choose a width for; a smaller min_size quantizes more")
     with together(), undisturbed(network), no_fast_path():
         if data.empty:
             raise BitfrontError("max_size chooses widths by what errors do on data; give data")
@@ -105,7 +107,7 @@ def _tried(
 ) -> dict[str, Tried]:
     found: dict[str, Tried] = {}
     units = plan(network, weights, data)
-    felt = gradients(network, weights, data, units[-1].time_last if units else False)
+    felt = gradients(network, weights, data, units[-1].time_last)
     forms = {name: form for unit in units for name, form in unit.forms.items()}
     stages = [stage for unit in units for stage in unit.stages]
     bar = Bar(weights, desc="trying widths", unit="tensor")
@@ -113,7 +115,9 @@ def _tried(
         for stage, sums in zip(part, _summed(network, part, weights, data, forms), strict=True):
             moments = sums.moments()
             for name in stage:
-                own = moments.with_lookup(weights[name].detach()) if moments and sums.lookup else moments
+                w = weights[name].detach()
+                own = moments or Moments.of_nothing(w, forms[name])
+                own = moments.with_lookup(w) if moments and sums.lookup else own
                 found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
     for name in (name for unit in units for name in (*unit.looked_up, *unit.blind)):

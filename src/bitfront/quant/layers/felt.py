@@ -123,7 +123,8 @@ class Sums:
         if self.felt is None or not any(gathered(bool(self.scaled.counts.any()))):
             return alike, False
         counted = self.scaled.moments()
-        if alike is None or counted is None or not torch.equal(self.scaled.counts, self.plain.counts):
+        assert alike and counted
+        if not torch.equal(self.scaled.counts, self.plain.counts):
             return alike, False
         power, felt = (m.H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (alike, counted))
         share = torch.where(felt > 0, (1 - FLOOR) * power / felt, 0.0)

@@ -24,6 +24,7 @@ from bitfront.quant.forwards.together import gathered, summed
 from bitfront.quant.layers import convolutions, products, recurrent
 from bitfront.quant.layers.solver import Curvature
 from bitfront.quant.layers.uses import NATURAL, Form, Use, dense, told
+from bitfront.quant.storage.packed import ordered
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
 
@@ -69,6 +70,16 @@ class Moments:
         both = (self.rows(x.float()) for x in (w, quantized - w))
         power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
+
+    @classmethod
+    def of_nothing(cls, w: Tensor, form: Form) -> Moments | None:
+        """For a weight of a form that saw no input: of inputs that are alike, so that it is stored as if it had seen
+        some; None where the form does not tell its columns."""
+        rows = ordered(w, form.view, form.axes)
+        if rows.dim() < 2 or (rows.dim() > 2 and form != NATURAL):
+            return None
+        eye = torch.eye(rows[0].numel(), dtype=torch.float64, device=w.device)
+        return cls(eye[None], 0, form)
 
     def with_lookup(self, w: Tensor) -> Moments:
         """For a weight that is also looked up, or added: its rows themselves are then an output too, of the inputs I.

@@ -114,7 +114,7 @@ class GPTQ(RTN):
         return scales.fitting(centre + (lo - centre) * LEAST, span * LEAST, self.bits)
 
     def steps(self, layer: Layer) -> Found:
-        """To the solution."""
+        """The solution after each step."""
         grid = layer.as_stored((layer.shrunk if self.grid == "mse" else layer.min_max)(self.round_zero))
         nearest = layer.solution(layer.nearest(grid), grid)
         return [("rtn", nearest), ("gptq", layer.solution(layer.feed_back(layer.w, grid, 0.0), grid))]
