@@ -782,24 +782,29 @@ def test_padding_in_time_first_conformer_layers_counts_nowhere() -> None:
 
 
 def test_time_is_where_a_blocks_last_layer_leaves_it() -> None:
+    class Turned(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
     class Blocks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList([nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), nn.ReLU()) for _ in range(2)])
             self.more = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(2)])
+            self.turned = nn.ModuleList([nn.Sequential(Turned(6, 6, 1)) for _ in range(2)])
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = layer(x)
             x = x.transpose(1, 2)
-            for layer in self.more:
+            for layer in (*self.more, *self.turned):
                 x = layer(x)
             return x
 
     network = Blocks()
     data = Calibration([torch.randn(2, 6, 9)], lambda net, x: net(x))
     units = plan(network, eligible(network, 0.0, ["bias"]), data)
-    assert [unit.time_last for unit in units] == [True, True, False, False]
+    assert [unit.time_last for unit in units] == [True, True, *[False] * 4]
 
 
 @pytest.mark.parametrize("time_last", [False, True])

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.forwards.captured import copied
@@ -166,13 +167,14 @@ class _Seen:
         functions: of each weight and form, the functions of these; None for those of whose inputs nothing is known.
         looked_up: of each weight that is, how often each row, ``[rows]``.
         uses: of each weight, how many there are by batch, block and call, in this process's forwards.
-        time_last: of each block, whether its last use is that of a convolution.
+        time_last: of each block, whether its last use is that of a convolution, whose channels are not moved behind.
         first: by weight or block, a number that rises with time.
         links: of each block whose inputs come of those of the block before it, in this process's forwards.
     """
 
     def __init__(self, modules: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
         self.modules, self.weights, self.inside = modules, weights, [""]
+        self.channels = 0  # of the last use's output
         self.calls: Counter[str] = Counter()
         self.homes: dict[str, set[str]] = {name: set() for name in weights}
         self.inputs: dict[str, dict[Form, set[Any]]] = {name: {} for name in weights}
@@ -189,7 +191,7 @@ class _Seen:
             m.register_forward_pre_hook(lambda *_, name=name: self._entered(name)) for name, m in self.modules.items()
         ]
         hooks += [  # also of a block that raises what the network then catches
-            m.register_forward_hook(lambda *_: self._left(), always_call=True) for m in self.modules.values()
+            m.register_forward_hook(lambda *told: self._left(told[-1]), always_call=True) for m in self.modules.values()
         ]
         links = Links(self.modules)
         hooks += links.hooks()
@@ -289,9 +291,12 @@ class _Seen:
         self.called[name] += 1
         self.first.setdefault(name, len(self.first))
 
-    def _left(self) -> None:
-        self.inside.pop()
+    def _left(self, output: Any) -> None:
+        block = self.inside.pop()
         self.alive.pop()
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() > 2]
+        turned = any(x.shape[-1] == self.channels != x.shape[1] for x in outputs)
+        self.time_last[block] = self.time_last.get(block, False) and not turned
 
     def _see(self, name: str, use: Use) -> None:
         with self.course.aside():
@@ -304,6 +309,7 @@ class _Seen:
         self.first.setdefault(name, len(self.first))
         if use.looked_up is None:
             self.time_last[self.inside[-1]] = use.function.startswith("conv")
+            self.channels = len(self.weights[name])
         if self._see_look_up(name, use):
             self.until_looked_up = self.seen
             return
