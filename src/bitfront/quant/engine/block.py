@@ -20,7 +20,7 @@ from bitfront.quant.engine.sensitivity import probed
 from bitfront.quant.forwards.captured import Captured
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Felt, Sums, felt
-from bitfront.quant.layers.inputs import Moments, Reached, Watch, until
+from bitfront.quant.layers.inputs import Moments, Reached, Watch, of_weight, until
 from bitfront.quant.storage.packed import Packed
 
 
@@ -167,13 +167,9 @@ class Block:
             about = {"padding": "counted"} if seen.padded else {}
             unfelt = self.method.feels and moments and not as_felt and (felt or not self.unit.block)
             about |= {"hessian": "inputs"} if unfelt else {}
-            idle = (
-                [f"{seen.idle} of its {moments.batch} entries not used on these data"] if moments and seen.idle else []
-            )
+            idle = [f"{seen.idle} of its {len(seen.counts)} entries not used on these data"] if seen.idle else []
             for name in alike:
-                w = self.weights[name].detach()
-                own = moments or Moments.of_nothing(w, self.unit.forms[name])
-                own = moments.with_lookup(w) if moments and seen.lookup else own
+                own = of_weight(self.weights[name].detach(), self.unit.forms[name], moments, seen.lookup)
                 self.solve(name, own, idle, rows_alone=seen.lookup, **about)
 
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:

@@ -174,7 +174,7 @@ class _Seen:
 
     def __init__(self, modules: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
         self.modules, self.weights, self.inside = modules, weights, [""]
-        self.channels = 0  # of the last use's output
+        self.channels = 0  # of the last convolution's output
         self.calls: Counter[str] = Counter()
         self.homes: dict[str, set[str]] = {name: set() for name in weights}
         self.inputs: dict[str, dict[Form, set[Any]]] = {name: {} for name in weights}
@@ -308,8 +308,9 @@ class _Seen:
         self.uses[name][self.batch, self.inside[-1], self.called[self.inside[-1]]] += 1
         self.first.setdefault(name, len(self.first))
         if use.looked_up is None:
-            self.time_last[self.inside[-1]] = use.function.startswith("conv")
-            self.channels = len(self.weights[name])
+            self.time_last[self.inside[-1]] = convolution = use.function.startswith("conv")
+            if convolution:
+                self.channels = self.weights[name].shape["transpose" in use.function]
         if self._see_look_up(name, use):
             self.until_looked_up = self.seen
             return

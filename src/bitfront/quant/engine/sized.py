@@ -25,7 +25,7 @@ from bitfront.quant.engine.plan import Calibration, plan
 from bitfront.quant.engine.sensitivity import error, gradients, price
 from bitfront.quant.forwards.together import together
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.inputs import Accumulator, Moments, Watch, no_fast_path
+from bitfront.quant.layers.inputs import Accumulator, Moments, Watch, no_fast_path, of_weight
 from bitfront.quant.layers.uses import Form
 from bitfront.quant.model import MB
 from bitfront.quant.storage.artifact import Artifact
@@ -115,9 +115,7 @@ def _tried(
         for stage, sums in zip(part, _summed(network, part, weights, data, forms), strict=True):
             moments = sums.moments()
             for name in stage:
-                w = weights[name].detach()
-                own = moments or Moments.of_nothing(w, forms[name])
-                own = moments.with_lookup(w) if moments and sums.lookup else own
+                own = of_weight(weights[name].detach(), forms[name], moments, sums.lookup)
                 found[name] = _at_all_widths(method, name, weights[name], own, felt[name])
                 bar.update()
     for name in (name for unit in units for name in (*unit.looked_up, *unit.blind)):

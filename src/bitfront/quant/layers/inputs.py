@@ -92,6 +92,14 @@ class Moments:
         return Moments(self.H + scale * torch.eye(self.columns).to(self.H), self.count, self.form)
 
 
+def of_weight(w: Tensor, form: Form, moments: Moments | None, lookup: bool) -> Moments | None:
+    """What a weight of a form is solved with: ``moments`` of its inputs, if it had any, and its rows where they are
+    outputs too."""
+    if moments is None:
+        return Moments.of_nothing(w, form)
+    return moments.with_lookup(w) if lookup else moments
+
+
 class Watch(TorchFunctionMode):
     """Tells of every use of the given weights: with the inputs in a product, a convolution, a recurrent or an attention
     layer, by the name of the function in anything else that makes tensors of them. Views of a weight are no use of it;
