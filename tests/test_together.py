@@ -72,6 +72,7 @@ def whole() -> Tensor:
 METHODS: dict[str, Callable[[], bitfront.PostTraining]] = {
     "gptq": lambda: GPTQ(bits=3, **ALL),
     "tuned": lambda: DecoupleQ(bits=2, J=2, held_out=0.3, **ALL),
+    "errors made up for": lambda: DecoupleQ(bits=2, propagation=1.0, J=0, **ALL),
     "codes that move": lambda: DecoupleQ(bits=2, moving=8, held_out=0.0, **ALL),
     "soft codes": lambda: GSQ(moving=8, held_out=0.0, **ALL),
     "exact in blocks": lambda: GPTQ(bits=2, J=2, target="block", **ALL),

@@ -37,6 +37,7 @@ BORN: dict[str, Any] = {
     "quant.layers": None,
     "quant.max_size": 0.0,
     "quant.scale_bits": 0,
+    "quant.propagation": 0,
     "quant.moving": 0,
     "quant.travel": 0.5,
     "quant.momentum": 0.9,

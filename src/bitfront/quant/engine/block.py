@@ -15,12 +15,13 @@ from bitfront.quant.engine.blockwise import Tuning, floats
 from bitfront.quant.engine.by_blocks import ByBlocks
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.plan import Unit
-from bitfront.quant.engine.route import Route, forward, of_unit
+from bitfront.quant.engine.route import Exact, Route, forward, of_unit, parameters_as
 from bitfront.quant.engine.sensitivity import probed
 from bitfront.quant.forwards.captured import Captured
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Felt, Sums, felt
 from bitfront.quant.layers.inputs import Moments, Reached, Watch, of_weight, until
+from bitfront.quant.layers.uses import Use
 from bitfront.quant.storage.packed import Packed
 
 
@@ -55,11 +56,6 @@ def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
     return (error / power).item() if power else 0.0
 
 
-def tunes(method: ByBlocks, network: nn.Module, unit: Unit) -> bool:
-    """Whether the block-wise stage follows, as it does in a block that is more than a layer."""
-    return method.tunes and several(network, unit)
-
-
 def several(network: nn.Module, unit: Unit) -> bool:
     """Whether it is a block of the network that is more than a layer."""
     return bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
@@ -68,7 +64,7 @@ def several(network: nn.Module, unit: Unit) -> bool:
 @torch.no_grad()
 def quantize_block(
     here: Route,
-    exact: Route | None,
+    exact: Exact | None,
     method: ByBlocks,
     unit: Unit,
     weights: dict[str, nn.Parameter],
@@ -79,7 +75,7 @@ def quantize_block(
 
     Args:
         here: to the block through the network so far.
-        exact: likewise through the float network, where its output is the target; else that is of the inputs here.
+        exact: likewise through the float network, if that goes along.
         method, unit, weights: solves the weights, those of the block, all by name.
         at_the_end: of the inputs of layers, by weight, what the end of the float network feels, if that counts.
         n: its number.
@@ -88,14 +84,19 @@ def quantize_block(
     work = Block(here, method, unit, weights, here.data.seed + n, at_the_end)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
+    if exact and several(here.network, unit):
+        exact.to(unit)
+        exact.run()  # while the block is float
     if work.tuned:
-        if exact:
-            exact.to(unit)
-        outputs = exact.run() if exact else here.run()
-        targets = {c.of: floats(output) for c, output in zip((exact or here).calls, outputs, strict=True)}
+        of = exact if exact and method.target == "network" else here
+        outputs = of.given or of.run()
+        targets = {c.of: floats(output) for c, output in zip(of.calls, outputs, strict=True)}
         here.given = None  # of the block as it was
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
+        if exact and method.propagation and several(here.network, unit):
+            work.there = {c.of: c for c in exact.calls}
+            work.as_it_was = exact.copies(unit)
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block
         wanted, last = [targets[c.of] for c in common], len(unit.stages) - 1
         for i, stage in enumerate(unit.stages):
@@ -120,7 +121,9 @@ class Block:
     """A block at work.
 
     Attributes:
-        tuned: whether the block-wise stage follows.
+        tuned: whether the block-wise stage follows, as it does in a block that is more than a layer.
+        there, as_it_was: its calls in the float network, and its weights and norms there, where layers make up for
+            errors before them.
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
         before: the weights as they were when they were quantized, if their codes are yet to move.
     """
@@ -137,7 +140,9 @@ class Block:
         self.seed, self.at_the_end = seed, at_the_end
         self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
         self.block = self.network.get_submodule(unit.block)
-        self.tuned = tunes(method, self.network, unit)
+        self.tuned = method.tunes and several(self.network, unit)
+        self.there: dict[tuple[int, int], Captured] = {}
+        self.as_it_was: dict[str, Tensor] = {}
         self.packed: dict[str, Packed] = {}
         self.before: dict[str, Tensor] = {}
         self.layers: list[dict[str, Any]] = []
@@ -158,19 +163,35 @@ class Block:
             sums = Sums(first, self.here.rest.device, self.unit.forms[first], felt.get(first))
             with undisturbed(self.network):
                 for captured in inputs:
-                    sums.begin(captured.of[0], captured.valid)
+                    sums.begin(captured.of[0], captured.valid, self.seen_there(first, captured))
                     add = until(self.unit.uses[first], sums.add)
                     with suppress(Reached), Watch({first: self.weights[first]}, add):
                         forward(self.network, self.unit, self.here.data, self.here.rest, captured)
             moments, as_felt = sums.moments()
+            moments = moments and moments.followed(self.method.propagation)
             seen = sums.plain
             about = {"padding": "counted"} if seen.padded else {}
             unfelt = self.method.feels and moments and not as_felt and (felt or not self.unit.block)
             about |= {"hessian": "inputs"} if unfelt else {}
+            about |= {"propagation": "none"} if self.there and moments and moments.drift is None else {}
             idle = [f"{seen.idle} of its {len(seen.counts)} entries not used on these data"] if seen.idle else []
             for name in alike:
                 own = of_weight(self.weights[name].detach(), self.unit.forms[name], moments, seen.lookup)
                 self.solve(name, own, idle, rows_alone=seen.lookup, **about)
+
+    def seen_there(self, name: str, captured: Captured) -> list[list[Tensor]]:
+        """The columns of each use of a weight in the float network, in the call that is the counterpart of this one."""
+        call, seen = self.there.get(captured.of), list[list[Tensor]]()
+        if call is None:
+            return seen
+
+        def see(_: str, use: Use) -> None:
+            seen.append([x for x, _, _ in use.columns(call.valid)] if use.columns else [])
+
+        watch = Watch({name: self.weights[name]}, until(self.unit.uses[name], see))
+        with parameters_as(self.network, self.as_it_was), suppress(Reached), watch:
+            forward(self.network, self.unit, self.here.data, self.here.rest, call)
+        return seen
 
     def feel(self, stage: list[str], inputs: list[Captured]) -> Felt:
         """What of the inputs of layers the output of the block, as it now is, feels."""
@@ -186,7 +207,8 @@ class Block:
         """Quantize one layer, of which a part may be idle, or whose rows alone are outputs."""
         looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
         if self.tuned and self.method.moving:
-            self.before[name] = self.weights[name].detach().clone()
+            w = self.weights[name].detach()
+            self.before[name] = (moments.wanted(w) if moments else w).clone()
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
         blind = not (moments and moments.count) and looked_up is None and not rows_alone
         told = name in self.unit.unseen or idle or blind

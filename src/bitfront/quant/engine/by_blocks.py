@@ -21,6 +21,9 @@ class ByBlocks(Sampled):
     """A method that goes through a network block by block.
 
     Attributes:
+        propagation: share, 0..1, of the errors before a layer that it makes up for: its weight is solved for what it
+            gives in the float network, instead of what the float weight would give on the inputs it now gets (QEP,
+            arXiv 2504.09629). In blocks of several layers; not where samples choose their experts.
         moving: epochs of the block-wise stage in which the codes move too (``moving``), before those of J; 0 for none.
         travel: how far their steps go together, in steps of the grid; codes begin at most 0.4 of one off their middle.
         momentum: of these steps: a code whose gradients do not agree hardly moves; 0 goes by the sign of each gradient,
@@ -37,6 +40,7 @@ class ByBlocks(Sampled):
             the root mean square of what is still float.
     """
 
+    propagation: float = 0.0
     moving: int = 0
     travel: float = 0.5
     momentum: float = 0.9
@@ -49,6 +53,7 @@ class ByBlocks(Sampled):
     block_dtype: str = "auto"
     sees_inputs: ClassVar[bool] = True  # whether ``solve`` makes use of what a layer sees
     ranges: ClassVar[Ranges] = {
+        "propagation": "[0, 1]",
         "moving": "0..",
         "travel": "(0, inf)",
         "momentum": "[0, 1)",
@@ -76,6 +81,11 @@ class ByBlocks(Sampled):
     def tunes(self) -> bool:
         """Whether there is a block-wise stage."""
         return self.moving > 0 or self.J > 0 or self.between > 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the float network goes along, as what a block, or a layer in it, gives there is wanted of it."""
+        return self.propagation > 0 or (self.tunes and self.target == "network")
 
     @property
     def keeps_zero(self) -> bool:

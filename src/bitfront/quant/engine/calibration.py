@@ -20,7 +20,7 @@ from torch import nn
 
 from bitfront.progress import Bar
 from bitfront.quant.core import Method, check
-from bitfront.quant.engine.block import quantize_block, solve, tunes
+from bitfront.quant.engine.block import quantize_block, several, solve
 from bitfront.quant.engine.blockwise import norm_parameters
 from bitfront.quant.engine.by_blocks import ByBlocks
 from bitfront.quant.engine.frozen import Frozen
@@ -63,6 +63,7 @@ class PostTraining(ByBlocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.sees_inputs or not self.propagation, "propagation is of a method that looks at what layers see")
         for option in ("sft_codes", "distill"):
             check(self.sft or not getattr(self, option), f"{option} is of fine-tuning; give sft=true with it")
 
@@ -166,9 +167,9 @@ def _walk(
     if method.feels == "end" and units and not (states and all(map(states.load, range(len(units))))):
         end = felt_at_the_end(network, weights, data, units[-1].time_last)
     here = Route(network, data, rest)
-    exact = Exact(network, data, rest) if method.tunes and method.target == "network" else None
-    tuned = {unit.block for unit in units if tunes(method, network, unit)}
-    anew = [unit.block in tuned and not (unit.link and unit.link.before in tuned) for unit in units]
+    exact = Exact(network, data, rest) if method.follows else None
+    along = {unit.block for unit in units if several(network, unit)}
+    anew = [unit.block in along and not (unit.link and unit.link.before in along) for unit in units]
     bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):
         bar.set_description(unit.block, refresh=False)

@@ -77,28 +77,33 @@ class Exact(Route):
 
     def keep(self, unit: Unit) -> None:
         """Note the weights and norms of a block that is about to change."""
+        for name, copy in self.copies(unit).items():
+            away = self.network.get_parameter(name) in self.rest.away
+            self.kept[name] = self.rest.stays(copy) if away else copy
+
+    def copies(self, unit: Unit) -> dict[str, Tensor]:
+        """Of the weights and norms of a block, by name, where they now are."""
         block = self.network.get_submodule(unit.block)
         norms = [f"{unit.block}.{name}" if unit.block else name for name, _ in norm_parameters(block)]
-        for name in (*unit.names, *norms):
-            p = self.network.get_parameter(name)
-            copy = p.detach().clone()
-            self.kept[name] = self.rest.stays(copy) if p in self.rest.away else copy
+        return {name: self.network.get_parameter(name).detach().clone() for name in (*unit.names, *norms)}
 
     def to(self, unit: Unit) -> list[Captured]:
-        with self._as_it_was():
+        with parameters_as(self.network, self.kept):
             return super().to(unit)
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        parameters = {name: self.network.get_parameter(name) for name in self.kept}
-        now = {name: p.data for name, p in parameters.items()}
+
+@contextmanager
+def parameters_as(network: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """With other values of some parameters, by name."""
+    parameters = {name: network.get_parameter(name) for name in values}
+    now = {name: p.data for name, p in parameters.items()}
+    for name, p in parameters.items():
+        p.data = values[name]
+    try:
+        yield
+    finally:
         for name, p in parameters.items():
-            p.data = self.kept[name]
-        try:
-            yield
-        finally:
-            for name, p in parameters.items():
-                p.data = now[name]
+            p.data = now[name]
 
 
 def of_unit(network: nn.Module, unit: Unit) -> set[nn.Parameter]:

@@ -11,7 +11,7 @@ drawn, and a floor, so that what this probe does not feel still counts).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,17 +101,23 @@ class Sums:
     ) -> None:
         self.plain, self.scaled = (Accumulator(name, device, form) for _ in range(2))
         self.felt, self.batch = None if felt is None else {n: iter(uses) for n, uses in felt.items()}, 0
+        self.there: Iterator[list[Tensor]] = iter(())
 
-    def begin(self, n: int, valid: Tensor | None) -> None:
-        """The uses to come are of the n-th batch, whose passes come in their order."""
+    def begin(self, n: int, valid: Tensor | None, there: Iterable[list[Tensor]] = ()) -> None:
+        """The uses to come are of the n-th batch, whose passes come in their order; ``there`` are their columns in the
+        float network."""
         self.batch, self.plain.valid, self.scaled.valid = n, valid, valid
+        self.there = iter(there)
 
     def add(self, name: str, use: Use) -> None:
         """One use of the weight."""
-        self.plain.add(name, use)
+        there = next(self.there, None)
+        self.plain.add(name, use, there)
         felt = next(self.felt.get(self.batch, iter(())), None) if self.felt is not None and use.felt else None
         if felt is not None:
-            self.scaled.add(name, _scaled(use, felt))
+            roots = _roots(felt, there) if there else None
+            there = [x * root for x, root in zip(there, roots, strict=True)] if there and roots else None
+            self.scaled.add(name, _scaled(use, felt), there)
 
     def moments(self) -> tuple[Moments | None, bool]:
         """Of all processes, None if there was no input, and whether they are as felt.
@@ -128,7 +134,9 @@ class Sums:
             return alike, False
         power, felt = (m.H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (alike, counted))
         share = torch.where(felt > 0, (1 - FLOOR) * power / felt, 0.0)
-        return replace(alike, H=share * counted.H + torch.where(felt > 0, FLOOR, 1.0) * alike.H), True
+        rest = torch.where(felt > 0, FLOOR, 1.0)
+        drift = None if counted.drift is None or alike.drift is None else share * counted.drift + rest * alike.drift
+        return replace(alike, H=share * counted.H + rest * alike.H, drift=drift), True
 
 
 def _scaled(use: Use, felt: Tensor) -> Use:
@@ -137,9 +145,17 @@ def _scaled(use: Use, felt: Tensor) -> Use:
     def columns(valid: Tensor | None) -> Parts:
         assert use.columns is not None
         parts = list(use.columns(valid))
-        if sum(x.shape[2] for x, _, _ in parts) != felt.shape[1]:  # a forward that does not do the same twice
-            return
-        for (x, counts, known), s in zip(parts, felt.split([x.shape[2] for x, _, _ in parts], 1), strict=True):
-            yield x * s[:, None].to(x).sqrt(), counts, known
+        roots = _roots(felt, [x for x, _, _ in parts])
+        for (x, counts, known), root in zip(parts, roots, strict=True) if roots else ():
+            yield x * root, counts, known
 
     return replace(use, columns=columns)
+
+
+def _roots(felt: Tensor, parts: Sequence[Tensor]) -> list[Tensor] | None:
+    """What columns are to be multiplied with, ``[batch, 1, n]`` for each part; None where a forward has not done the
+    same twice."""
+    sizes = [x.shape[2] for x in parts]
+    if sum(sizes) != felt.shape[1]:
+        return None
+    return [s[:, None].to(x).sqrt() for x, s in zip(parts, felt.split(sizes, 1), strict=True)]

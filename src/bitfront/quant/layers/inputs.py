@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from bitfront.quant.forwards.together import gathered, summed
 from bitfront.quant.layers import convolutions, products, recurrent
 from bitfront.quant.layers.solver import Curvature
 from bitfront.quant.layers.uses import NATURAL, Form, Use, dense, told
-from bitfront.quant.storage.packed import ordered
+from bitfront.quant.storage.packed import ordered, restored
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
+RIDGE = 0.01  # added to the diagonal of H, relative to its mean, where errors before a layer are made up for
 
 
 @dataclass
@@ -38,11 +39,18 @@ class Moments:
             the phases of a transposed one, the different inputs of a stacked projection, or the experts of a stack.
         count: how many ``x`` were seen, of the batch by the entry that saw most.
         form: how the weight is ``[batch, rows, columns]``.
+        drift: mean of ``(x' - x) xᵀ``, float64 as ``H``, where ``x'`` is what the layer sees in the float network; None
+            where that is not known.
+        making_up: ``drift (H + ridge)⁻¹`` times the share of it that is asked for (QEP, arXiv 2504.09629, whose share
+            is α): with ``W (1 + making_up)`` the layer gives what comes closest to its outputs in the float network, so
+            that it makes up for the errors of those before it. None for 0.
     """
 
     H: Tensor
     count: int
     form: Form = NATURAL
+    drift: Tensor | None = None
+    making_up: Tensor | None = None
     _curvatures: dict[tuple[float, bool, int], Curvature] = field(default_factory=dict)
 
     @property
@@ -57,6 +65,23 @@ class Moments:
         """A weight as ``[batch, rows, columns]``."""
         return self.form.rows(w, self.batch, self.columns)
 
+    def followed(self, share: float) -> Moments:
+        """With errors before the layer made up for, by a share, where they are known."""
+        if self.drift is None or not share:
+            return self
+        ridge = RIDGE * self.H.diagonal(dim1=1, dim2=2).mean(1)
+        ridge = torch.where(ridge > 0, ridge, 1.0)  # no input, no drift
+        damped = self.H + torch.diag_embed(ridge[:, None].expand(-1, self.columns))
+        lower = torch.linalg.cholesky(damped)
+        return replace(self, making_up=share * torch.cholesky_solve(self.drift.transpose(1, 2), lower).transpose(1, 2))
+
+    def wanted(self, w: Tensor) -> Tensor:
+        """The weight that is to be quantized in place of one, float32 of its shape."""
+        if self.making_up is None:
+            return w.float()
+        rows = self.rows(w.double())
+        return restored((rows + rows @ self.making_up.to(rows)).float(), w.shape, self.form.view, self.form.axes)
+
     def curvature(self, damping: float, act_order: bool, padding: int = 0) -> Curvature:
         """With its factorizations, shared by the layers that share the inputs."""
         key = damping, act_order, padding
@@ -65,9 +90,11 @@ class Moments:
         return self._curvatures[key]
 
     def relative_loss(self, w: Tensor, quantized: Tensor) -> float:
-        """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``."""
+        """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``, for the weight
+        that is wanted."""
+        w = self.wanted(w)
         H = (self.H / (self.H.diagonal(dim1=1, dim2=2).mean() or 1.0)).float()
-        both = (self.rows(x.float()) for x in (w, quantized - w))
+        both = (self.rows(x) for x in (w, quantized.float() - w))
         power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
 
@@ -82,7 +109,8 @@ class Moments:
         return cls(eye[None], 0, form)
 
     def with_lookup(self, w: Tensor) -> Moments:
-        """For a weight that is also looked up, or added: its rows themselves are then an output too, of the inputs I.
+        """For a weight that is also looked up, or added: its rows themselves are then an output too, of the inputs I,
+        and errors before it are not made up for.
 
         The relative loss becomes the mean of that of both uses, as if every row were looked up equally often.
         """
@@ -284,25 +312,39 @@ class Accumulator:
         valid: what is not padding, for the uses to come.
         lookup: whether it is also looked up, or added.
         padded: whether padding may have been counted, as an input is not of the steps that are known.
+        drift: sum of ``(x' - x) xᵀ``; None as soon as a use has no counterpart in the float network, or may have
+            another one than it seems, as samples may go to other experts there.
+        apart: sum of ``|x' - x|²``.
         idle: entries of the batch that see nothing, as experts that no sample is sent to.
     """
 
     def __init__(self, name: str, device: torch.device, form: Form | None = None) -> None:
         self.name, self.total, self.form = name, torch.zeros((), device=device), form
+        self.drift: Tensor | None = torch.zeros((), device=device)
+        self.apart = 0.0
         self.counts = torch.zeros((), dtype=torch.long)
         self.valid: Tensor | None = None
         self.lookup = self.padded = self.common = False
         self.idle = 0
 
-    def add(self, _: str, use: Use) -> None:
-        """One use of the weight."""
+    def add(self, _: str, use: Use, there: list[Tensor] | None = None) -> None:
+        """One use of the weight.
+
+        Args:
+            use: of it.
+            there: its columns in the float network, in their parts, if they are known.
+        """
         self.lookup |= use.looked_up is not None or use.added
         self.form = use.form if self.form is None and use.columns else self.form
         if use.columns is None or use.form != self.form:
             return
         self.common |= use.common
-        for x, counts, known in use.columns(self.valid):
+        if use.common or use.entry or there is None:
+            self.drift = None
+        for n, (x, counts, known) in enumerate(use.columns(self.valid)):
             self.padded |= not known
+            if there is None or n >= len(there) or there[n].shape != x.shape:
+                self.drift = None
             first, entries = use.entry or (0, len(x))
             shape = (max([entries, *self.total.shape[:1]]), x.shape[1], x.shape[1])
             if self.total.shape != shape:
@@ -311,6 +353,11 @@ class Accumulator:
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
                     total += part @ part.transpose(1, 2)
+                if self.drift is not None and there is not None:
+                    away = there[n] - x
+                    self.apart += away.square().sum(dtype=torch.float64).item()
+                    for part, off in zip(x.split(1 << 14, dim=2), away.split(1 << 14, dim=2), strict=True):
+                        self.drift = self.drift + (off @ part.transpose(1, 2)).double()
             after = entries - first - len(counts) if use.entry else 0
             self.counts = self.counts + torch.tensor([*[0] * first, *counts, *[0] * after])
 
@@ -324,7 +371,9 @@ class Accumulator:
         self._share()
         if not self.counts.any():
             return None
-        if not torch.isfinite(self.total).all():
+        if self.apart > self.total.diagonal(dim1=1, dim2=2).sum():
+            self.drift = None  # these are other samples, or nothing is left of them
+        if not all(torch.isfinite(x).all() for x in (self.total, self.drift) if x is not None):
             raise BitfrontError(
                 f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
             )
@@ -334,12 +383,17 @@ class Accumulator:
         if self.common and idle.any():  # for which any error is as good as another
             self.idle, diagonal = int(idle.sum()), self.total.diagonal(dim1=1, dim2=2)
             diagonal += idle[:, None] * (UNSEEN * diagonal.mean() or 1.0)
-        return Moments(self.total, int(self.counts.max()), self.form or NATURAL)
+        drift = None if self.drift is None else self.drift / counts.to(self.drift)[:, None, None]
+        return Moments(self.total, int(self.counts.max()), self.form or NATURAL, drift)
 
     def _share(self) -> None:
-        known = gathered((self.total.shape, self.counts.shape, self.lookup, self.padded, self.common))
-        totals, counts, lookups, paddeds, commons = zip(*known, strict=True)
+        told = (self.lookup, self.padded, self.common, self.drift is not None, self.apart)
+        known = gathered((self.total.shape, self.counts.shape, *told))
+        totals, counts, lookups, paddeds, commons, paired, aparts = zip(*known, strict=True)
+        self.apart = sum(aparts)
         self.lookup, self.padded, self.common = any(lookups), any(paddeds), any(commons)
         # Where the layer was not come to, the shape is not known.
         self.total = summed(self.total.double().expand(max(totals, key=lambda shape: (len(shape), shape))))
         self.counts = summed(self.counts.expand(max(counts, key=lambda shape: (len(shape), shape))))
+        if self.drift is not None:
+            self.drift = summed(self.drift.double().expand_as(self.total)) if all(paired) else None

@@ -73,9 +73,12 @@ class GPTQ(RTN):
         size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
         padding = -inputs.columns % size
         curvature = inputs.curvature(self.damping, self.act_order, padding)
-        rows = inputs.rows(w.float())
+        rows, wanted = (
+            # as if the inputs of what is appended were always zero
+            torch.cat([x, x[..., -1:].expand(-1, -1, padding)], 2)
+            for x in map(inputs.rows, (w.float(), inputs.wanted(w)))
+        )
         flat = (rows == rows[..., :1]).all(2)
-        rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, padding)], 2)  # as if their inputs were always zero
         scales = self._fitting(rows, size)
 
         def in_all(loss: Tensor) -> float:
@@ -83,7 +86,7 @@ class GPTQ(RTN):
 
         solutions: list[Solution] = []
         log, power = dict[str, float](), 0.0
-        for part in in_parts(rows, rows.shape[2] // size):
+        for part in in_parts(wanted, wanted.shape[2] // size):
             layer = Layer(part, curvature, self.bits, size, self.symmetric, scales)
             found = steps(layer)
             if self.unbiased:
