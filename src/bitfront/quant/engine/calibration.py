@@ -6,7 +6,8 @@ For each block of the network, in the order in which they are called:
 2. the target is kept: what the float network gives there, or, as in the paper, what the block, still float, makes of
    these inputs;
 3. layer by layer, the second moments ``H = E[x xᵀ]`` of the inputs are measured and the method solves for the weight;
-   layers that share an input share its ``H``;
+   layers that share an input share its ``H``; with ``propagation`` it solves for what gives the float network's outputs
+   on these inputs;
 4. the values of all codes of the block, and its norms, are tuned so that its output is closest to the target.
 """
 

@@ -350,6 +350,8 @@ class Accumulator:
             if self.total.shape != shape:
                 self.total = self.total.to(x.device, torch.float64).expand(shape).clone()
             total = self.total[first : first + 1] if use.entry else self.total
+            if self.drift is not None and self.drift.shape != shape:
+                self.drift = torch.zeros_like(self.total)
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
                     total += part @ part.transpose(1, 2)
@@ -357,7 +359,7 @@ class Accumulator:
                     away = there[n] - x
                     self.apart += away.square().sum(dtype=torch.float64).item()
                     for part, off in zip(x.split(1 << 14, dim=2), away.split(1 << 14, dim=2), strict=True):
-                        self.drift = self.drift + (off @ part.transpose(1, 2)).double()
+                        self.drift += off @ part.transpose(1, 2)
             after = entries - first - len(counts) if use.entry else 0
             self.counts = self.counts + torch.tensor([*[0] * first, *counts, *[0] * after])
 
