@@ -103,7 +103,7 @@ def test_errors_add_up_less_also_on_other_data(method: Any) -> None:
     assert found[1.0][0] < 0.9 * found[0.0][0] and found[1.0][1] < 0.95 * found[0.0][1]
 
 
-def test_it_is_the_same_where_blocks_hand_on_and_where_each_is_come_to_anew(tmp_path: Any) -> None:
+def test_it_is_the_same_handed_on_come_to_anew_and_after_an_interruption(tmp_path: Any) -> None:
     method = DecoupleQ(bits=3, J=0, min_size=0.0, propagation=1.0)
 
     class Between(nn.Sequential):
@@ -117,9 +117,11 @@ def test_it_is_the_same_where_blocks_hand_on_and_where_each_is_come_to_anew(tmp_
     replayed = Between(*network().children()).eval()
     handed, anew = (method.attach(net, data()).encode() for net in (network(), replayed))
     assert all(torch.equal(p.decode(), anew[name].decode()) for name, p in handed.items())
-    for _ in range(2):  # from its states the second time
-        kept = bitfront.quantize(network(), method, data().batches, states=tmp_path).encode()
-    assert all(torch.equal(p.decode(), kept[name].decode()) for name, p in handed.items())
+    for options in ({"states": tmp_path}, {"states": tmp_path}, {"offload": "disk"}):
+        kept = bitfront.quantize(network(), method, data().batches, **options).encode()
+        assert all(torch.equal(p.decode(), kept[name].decode()) for name, p in handed.items())
+        for state in sorted(tmp_path.rglob("*.pt"))[2:]:  # interrupted there, the second time
+            state.unlink()
 
 
 def test_where_samples_choose_their_experts_it_is_left_out_and_told() -> None:
