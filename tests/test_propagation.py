@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bitfront
 from bitfront.errors import BitfrontError
 from bitfront.quant.engine.plan import Calibration
-from bitfront.quant.layers.inputs import RIDGE, Moments
+from bitfront.quant.layers.inputs import Moments
 from bitfront.quant.methods.decoupleq import DecoupleQ
 from bitfront.quant.methods.gptq import GPTQ
 from bitfront.quant.methods.rtn import RTN
@@ -35,13 +35,13 @@ def test_the_weight_that_is_wanted_gives_the_float_outputs_by_least_squares() ->
     H, drift = x.mT @ x / 500, (there - x).mT @ x / 500
     w = torch.randn(10, 12)
     seen = Moments(H, 500, drift=drift)
-    ridge = RIDGE * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(12)
+    ridge = 0.02 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(12)
     for entry, (own, rows) in enumerate(zip(x, w.double().split(5), strict=True)):
         least = torch.linalg.solve(H[entry] + ridge[entry], (own.mT @ there[entry] / 500 + ridge[entry]) @ rows.mT)
         for share in (0.0, 0.3, 1.0):
-            got = seen.followed(share).wanted(w).split(5)[entry]
+            got = seen.wanted(w, share, 0.02).split(5)[entry]
             torch.testing.assert_close(got, (rows + share * (least.mT - rows)).float(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(Moments(H, 500).followed(1.0).wanted(w), w)
+    assert torch.equal(Moments(H, 500).wanted(w, 1.0, 0.02), w)
 
 
 @pytest.mark.parametrize("form", ["linear", "conv", "grouped", "transposed"])

@@ -37,11 +37,13 @@ def solve(
         looked_up: how often each of its rows is an output, ``[rows]``, if it has no other use that is known.
     """
     started = time.perf_counter()
-    packed, details = method.of(name).solve(w.detach(), moments)
+    own = method.of(name)
+    wanted = own.wanted(w.detach(), moments)
+    packed, details = own.solve(w.detach(), moments)
     quantized = packed.decode().to(w.device)
     entry: dict[str, Any] = {"name": name, "shape": list(w.shape), "inputs": 0}
     if moments is not None and moments.count:
-        entry |= {"inputs": moments.count, "loss": moments.relative_loss(w.detach(), quantized)}
+        entry |= {"inputs": moments.count, "loss": moments.relative_loss(wanted, quantized)}
     elif looked_up is not None:
         entry |= {"inputs": int(looked_up.sum()), "loss": loss_of_rows(looked_up, w.detach(), quantized)}
     w.data.copy_(quantized)
@@ -168,7 +170,6 @@ class Block:
                     with suppress(Reached), Watch({first: self.weights[first]}, add):
                         forward(self.network, self.unit, self.here.data, self.here.rest, captured)
             moments, as_felt = sums.moments()
-            moments = moments and moments.followed(self.method.propagation)
             seen = sums.plain
             about = {"padding": "counted"} if seen.padded else {}
             unfelt = self.method.feels and moments and not as_felt and (felt or not self.unit.block)
@@ -207,8 +208,7 @@ class Block:
         """Quantize one layer, of which a part may be idle, or whose rows alone are outputs."""
         looked_up = self.unit.looked_up.get(name) if self.method.sees_inputs else None
         if self.tuned and self.method.moving:
-            w = self.weights[name].detach()
-            self.before[name] = (moments.wanted(w) if moments else w).clone()
+            self.before[name] = self.method.of(name).wanted(self.weights[name].detach(), moments).clone()
         self.packed[name], entry = solve(self.method, name, self.weights[name], moments, looked_up)
         blind = not (moments and moments.count) and looked_up is None and not rows_alone
         told = name in self.unit.unseen or idle or blind

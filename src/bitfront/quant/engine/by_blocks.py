@@ -92,6 +92,11 @@ class ByBlocks(Sampled):
         """Whether the values are tied to 0, also when they are tuned."""
         return False
 
+    def wanted(self, w: Tensor, inputs: Moments | None) -> Tensor:
+        """What ``solve`` comes as close to as it can, of the shape of ``w``: not the weight itself, where it makes up
+        for errors before the layer."""
+        return w
+
     def mobile(self, name: str, packed: Packed, w: Tensor, symmetric: bool, seed: int) -> Frozen:
         """A quantized weight whose codes can move.
 

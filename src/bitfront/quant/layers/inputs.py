@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from bitfront.quant.layers.uses import NATURAL, Form, Use, dense, told
 from bitfront.quant.storage.packed import ordered, restored
 
 UNSEEN = 1e-6  # inputs of an entry of a batch that sees nothing, relative to those of the others
-RIDGE = 0.01  # added to the diagonal of H, relative to its mean, where errors before a layer are made up for
+LEAST = 1e-6  # damping with which errors before a layer are made up for
 
 
 @dataclass
@@ -41,16 +41,13 @@ class Moments:
         form: how the weight is ``[batch, rows, columns]``.
         drift: mean of ``(x' - x) xᵀ``, float64 as ``H``, where ``x'`` is what the layer sees in the float network; None
             where that is not known.
-        making_up: ``drift (H + ridge)⁻¹`` times the share of it that is asked for (QEP, arXiv 2504.09629, whose share
-            is α): with ``W (1 + making_up)`` the layer gives what comes closest to its outputs in the float network, so
-            that it makes up for the errors of those before it. None for 0.
     """
 
     H: Tensor
     count: int
     form: Form = NATURAL
     drift: Tensor | None = None
-    making_up: Tensor | None = None
+    _making_up: dict[float, Tensor] = field(default_factory=dict)
     _curvatures: dict[tuple[float, bool, int], Curvature] = field(default_factory=dict)
 
     @property
@@ -65,22 +62,32 @@ class Moments:
         """A weight as ``[batch, rows, columns]``."""
         return self.form.rows(w, self.batch, self.columns)
 
-    def followed(self, share: float) -> Moments:
-        """With errors before the layer made up for, by a share, where they are known."""
-        if self.drift is None or not share:
-            return self
-        ridge = RIDGE * self.H.diagonal(dim1=1, dim2=2).mean(1)
-        ridge = torch.where(ridge > 0, ridge, 1.0)  # no input, no drift
-        damped = self.H + torch.diag_embed(ridge[:, None].expand(-1, self.columns))
-        lower = torch.linalg.cholesky(damped)
-        return replace(self, making_up=share * torch.cholesky_solve(self.drift.transpose(1, 2), lower).transpose(1, 2))
+    def wanted(self, w: Tensor, share: float, damping: float) -> Tensor:
+        """The weight that is to be quantized in place of one, so that the layer makes up for a share of the errors
+        before it (QEP, arXiv 2504.09629, whose share is α): on the inputs that it gets, all of it comes closest to the
+        outputs in the float network.
 
-    def wanted(self, w: Tensor) -> Tensor:
-        """The weight that is to be quantized in place of one, float32 of its shape."""
-        if self.making_up is None:
+            W + share · W drift (H + damping · mean diag H)⁻¹
+
+        Args:
+            w: of the layer.
+            share: 0..1.
+            damping: as of a ``Curvature``.
+
+        Returns:
+            Float32 of its shape; itself where nothing is known of the float network.
+        """
+        if self.drift is None or not share:
             return w.float()
+        if damping not in self._making_up:
+            diagonal = self.H.diagonal(dim1=1, dim2=2)
+            ridge = (max(damping, LEAST) * diagonal.mean(1, keepdim=True)).expand_as(diagonal)
+            damped = self.H + torch.diag_embed(torch.where(ridge > 0, ridge, 1.0))  # without inputs, without drift
+            lower = torch.linalg.cholesky(damped)
+            self._making_up[damping] = torch.cholesky_solve(self.drift.transpose(1, 2), lower).transpose(1, 2)
         rows = self.rows(w.double())
-        return restored((rows + rows @ self.making_up.to(rows)).float(), w.shape, self.form.view, self.form.axes)
+        rows = rows + share * (rows @ self._making_up[damping].to(rows))
+        return restored(rows.float(), w.shape, self.form.view, self.form.axes)
 
     def curvature(self, damping: float, act_order: bool, padding: int = 0) -> Curvature:
         """With its factorizations, shared by the layers that share the inputs."""
@@ -90,11 +97,9 @@ class Moments:
         return self._curvatures[key]
 
     def relative_loss(self, w: Tensor, quantized: Tensor) -> float:
-        """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``, for the weight
-        that is wanted."""
-        w = self.wanted(w)
+        """Power of the error of the layer's output relative to that of the output, both ``tr(W H Wᵀ)``."""
         H = (self.H / (self.H.diagonal(dim1=1, dim2=2).mean() or 1.0)).float()
-        both = (self.rows(x) for x in (w, quantized.float() - w))
+        both = (self.rows(x.float()) for x in (w, quantized - w))
         power, error = (((rows @ H) * rows).sum(dtype=torch.float64).item() for rows in both)
         return error / power if power else 0.0
 

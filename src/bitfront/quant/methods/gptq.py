@@ -65,6 +65,9 @@ class GPTQ(RTN):
     def feels(self) -> str:
         return {"inputs": "", "block": "block", "fisher": "end"}[self.hessian]
 
+    def wanted(self, w: Tensor, inputs: Moments | None) -> Tensor:
+        return inputs.wanted(w, self.propagation, self.damping) if inputs else w
+
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         return super().solve(w, inputs) if inputs is None else self.solve_by(self.steps, w, inputs)
 
@@ -76,7 +79,7 @@ class GPTQ(RTN):
         rows, wanted = (
             # as if the inputs of what is appended were always zero
             torch.cat([x, x[..., -1:].expand(-1, -1, padding)], 2)
-            for x in map(inputs.rows, (w.float(), inputs.wanted(w)))
+            for x in map(inputs.rows, (w.float(), self.wanted(w, inputs)))
         )
         flat = (rows == rows[..., :1]).all(2)
         scales = self._fitting(rows, size)
