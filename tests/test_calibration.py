@@ -307,7 +307,9 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [RTN(bits=8), GPTQ(bits=8), DecoupleQ(bits=8, J=1), DecoupleQ(bits=2, J=2)], ids=repr
+    "method",
+    [RTN(bits=8), GPTQ(bits=8, propagation=1.0), DecoupleQ(bits=8, J=1), DecoupleQ(bits=2, J=2)],
+    ids=["rtn", "gptq", "decoupleq", "2 bits"],
 )
 def test_real_architectures_are_quantized(real: tuple[str, nn.Module, Calibration], method: Any) -> None:
     _, network, data = real
@@ -321,7 +323,7 @@ def test_real_architectures_are_quantized(real: tuple[str, nn.Module, Calibratio
     assert error < (1e-2 if method.bits == 8 else 10)
     assert {layer["name"] for layer in model.log["layers"]} == set(model.names)
     for layer in model.log["layers"]:
-        assert ("loss" in layer) == (layer["inputs"] > 0)
+        assert ("loss" in layer) == (layer["inputs"] > 0) and "propagation" not in layer
     for block in model.log["blocks"]:
         if "held_out" in block:
             assert min(block["held_out"]) == block["held_out"][block["best_epoch"]]

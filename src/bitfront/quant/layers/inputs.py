@@ -344,7 +344,7 @@ class Accumulator:
         if use.columns is None or use.form != self.form:
             return
         self.common |= use.common
-        if use.common or use.entry or there is None:
+        if use.entry or there is None:
             self.drift = None
         for n, (x, counts, known) in enumerate(use.columns(self.valid)):
             self.padded |= not known

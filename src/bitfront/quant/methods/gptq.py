@@ -42,7 +42,7 @@ class GPTQ(RTN):
             of a row is a shorter group.
         symmetric, scale_dtype, scale_bits, round_zero: as in ``RTN``.
         grid: as there; errors are weighed by the diagonal of ``H``.
-        damping: added to the diagonal of ``H`` relative to its mean.
+        damping: added to the diagonal of ``H`` relative to its mean, also where ``propagation`` needs its inverse.
         act_order: work on the columns by falling ``H[j, j]``.
         hessian: whether all of what a layer sees counts alike ("inputs"), or as much as the output of its block
             ("block") or of the network ("fisher") feels it (``felt``).
