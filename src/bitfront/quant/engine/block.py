@@ -171,10 +171,11 @@ class Block:
                         forward(self.network, self.unit, self.here.data, self.here.rest, captured)
             moments, as_felt = sums.moments()
             seen = sums.plain
-            about = {"padding": "counted"} if seen.padded else {}
+            about: dict[str, Any] = {"padding": "counted"} if seen.padded else {}
             unfelt = self.method.feels and moments and not as_felt and (felt or not self.unit.block)
             about |= {"hessian": "inputs"} if unfelt else {}
-            about |= {"propagation": "none"} if self.there and moments and moments.drift is None else {}
+            if self.there and moments:
+                about |= {"propagation": "none"} if moments.drift is None else {"apart": moments.apart}
             idle = [f"{seen.idle} of its {len(seen.counts)} entries not used on these data"] if seen.idle else []
             for name in alike:
                 own = of_weight(self.weights[name].detach(), self.unit.forms[name], moments, seen.lookup)

@@ -41,12 +41,14 @@ class Moments:
         form: how the weight is ``[batch, rows, columns]``.
         drift: mean of ``(x' - x) xᵀ``, float64 as ``H``, where ``x'`` is what the layer sees in the float network; None
             where that is not known.
+        apart: mean of ``|x' - x|²`` relative to that of ``|x|²``.
     """
 
     H: Tensor
     count: int
     form: Form = NATURAL
     drift: Tensor | None = None
+    apart: float = 0.0
     _making_up: dict[float, Tensor] = field(default_factory=dict)
     _curvatures: dict[tuple[float, bool, int], Curvature] = field(default_factory=dict)
 
@@ -378,7 +380,8 @@ class Accumulator:
         self._share()
         if not self.counts.any():
             return None
-        if self.apart > self.total.diagonal(dim1=1, dim2=2).sum():
+        apart = self.apart / (self.total.diagonal(dim1=1, dim2=2).sum().item() or 1.0)
+        if apart > 1:
             self.drift = None  # these are other samples, or nothing is left of them
         if not all(torch.isfinite(x).all() for x in (self.total, self.drift) if x is not None):
             raise BitfrontError(
@@ -391,7 +394,7 @@ class Accumulator:
             self.idle, diagonal = int(idle.sum()), self.total.diagonal(dim1=1, dim2=2)
             diagonal += idle[:, None] * (UNSEEN * diagonal.mean() or 1.0)
         drift = None if self.drift is None else self.drift / counts.to(self.drift)[:, None, None]
-        return Moments(self.total, int(self.counts.max()), self.form or NATURAL, drift)
+        return Moments(self.total, int(self.counts.max()), self.form or NATURAL, drift, apart)
 
     def _share(self) -> None:
         told = (self.lookup, self.padded, self.common, self.drift is not None, self.apart)
