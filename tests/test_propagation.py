@@ -99,7 +99,8 @@ def test_errors_add_up_less_also_on_other_data(method: Any) -> None:
         found[share] = [
             (outputs(model, some) - w).square().mean().item() for some, w in ((calibrated, wanted), (new, fresh))
         ]
-        assert all("propagation" not in entry for entry in model.log["layers"])
+        apart = [entry.get("apart") for entry in model.log["layers"]]
+        assert apart[0] == (0 if share else None) and all((x or 0) > 0 for x in apart[1:]) == bool(share)
     assert found[1.0][0] < 0.9 * found[0.0][0] and found[1.0][1] < 0.95 * found[0.0][1]
 
 
