@@ -44,6 +44,23 @@ def seen_by(network: nn.Module, name: str, *calls: Any, valid: Tensor | None = N
     return found
 
 
+class Experts(nn.Module):
+    """A router that sends each sample to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.gate = nn.Linear(12, 12), nn.Linear(12, 2)
+        self.experts = nn.ModuleList([nn.Linear(12, 12) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.before(x))
+        to = self.gate(h).argmax(-1)
+        out = torch.zeros_like(h)
+        for n, expert in enumerate(self.experts):
+            out[to == n] = expert(h[to == n])
+        return out
+
+
 class TiedGPT(nn.Module):
     """A language model whose output layer is its embedding."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Experts
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError
@@ -239,20 +240,6 @@ def test_gradients_that_are_not_finite_and_outputs_without_power_are_left_out() 
 
 
 def test_a_router_that_sends_other_samples_after_quantization_is_no_trouble() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.gate = nn.Linear(12, 12), nn.Linear(12, 2)
-            self.experts = nn.ModuleList([nn.Linear(12, 12) for _ in range(2)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.before(x))
-            to = self.gate(h).argmax(-1)
-            out = torch.zeros_like(h)
-            for n, expert in enumerate(self.experts):
-                out[to == n] = expert(h[to == n])
-            return out
-
     for seed in range(3):
         torch.manual_seed(seed)
         data = Calibration([torch.randn(64, 12) for _ in range(2)], lambda net, batch: net(batch))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Experts
 from torch import Tensor, nn
 
 import bitfront
@@ -126,20 +127,6 @@ def test_it_is_the_same_handed_on_come_to_anew_and_after_an_interruption(tmp_pat
 
 
 def test_where_samples_choose_their_experts_it_is_left_out_and_told() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.router = nn.Linear(12, 12), nn.Linear(12, 2)
-            self.experts = nn.ModuleList([nn.Linear(12, 12) for _ in range(2)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.before(x))
-            to = self.router(h).argmax(1)
-            out = torch.zeros_like(h)
-            for n, expert in enumerate(self.experts):
-                out[to == n] = expert(h[to == n])
-            return out
-
     torch.manual_seed(0)
     model = GPTQ(bits=2, min_size=0.0, propagation=1.0).attach(
         nn.Sequential(Experts()), Calibration([torch.randn(64, 12) for _ in range(4)], run)
@@ -147,7 +134,7 @@ def test_where_samples_choose_their_experts_it_is_left_out_and_told() -> None:
     told = {entry["name"]: entry.get("propagation") for entry in model.log["layers"]}
     assert told == {
         "0.before.weight": None,
-        "0.router.weight": None,
+        "0.gate.weight": None,
         "0.experts.0.weight": "none",
         "0.experts.1.weight": "none",
     }
