@@ -28,18 +28,20 @@ def test_the_answer_is_that_of_a_short_calculation(size: float, tmp_path: Path) 
     for path in (RECORDS / "resnet_cifar10").rglob("*.json"):
         record = json.loads(path.read_text())
         cells[record["method"], record["setting"].lower()].append(record)
-    best: dict[str, tuple[float, float]] = {}
+    fitting: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (method, _), some in cells.items():
         if statistics.mean(r["sizes"]["file"] for r in some) <= size * MIB:
             valid, test = (statistics.mean(r["metrics"][split]["top1"] for r in some) for split in ("valid", "test"))
-            best[method] = max(best.get(method, (0.0, 0.0)), (valid, test))
-    wanted = sorted(best, key=lambda method: -best[method][0])
+            fitting[method].append((valid, test))
+    best = {method: max(valid for valid, _ in pairs) for method, pairs in fitting.items()}
+    wanted = sorted(best, key=lambda method: -best[method])
     words = "task=resnet_cifar10", f"at={size}", f"out={tmp_path}"
     told = " ".join(cli("report", str(RECORDS), *words).stdout.partition("at most")[2].split())
     found = re.findall(r"(\w+) \([^)]*\): test top1 ([\d.]+) ± [\d.]+, validation ([\d.]+)", told)
     assert len(found) == len(wanted) > 4 and found[0][0] == wanted[0]
     for method, test, valid in found:
-        assert (float(valid), float(test)) == pytest.approx(best[method], abs=0.006)
+        as_good = [pair for pair in fitting[method] if pair[0] == best[method]]  # of which none is chosen by its test
+        assert any((float(valid), float(test)) == pytest.approx(pair, abs=0.006) for pair in as_good)
 
 
 def row(valid: list[float], size: float = 0.1, method: str = "gptq", samples: int = 0) -> Row:
