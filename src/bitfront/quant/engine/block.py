@@ -86,7 +86,8 @@ def quantize_block(
     work = Block(here, method, unit, weights, here.data.seed + n, at_the_end)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
-    if exact and several(here.network, unit):
+    exact = exact if several(here.network, unit) else None
+    if exact:
         exact.to(unit)
         exact.run()  # while the block is float
     if work.tuned:
@@ -96,7 +97,7 @@ def quantize_block(
         here.given = None  # of the block as it was
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
-        if exact and method.propagation and several(here.network, unit):
+        if exact and method.propagation:
             work.there = {c.of: c for c in exact.calls}
             work.as_it_was = exact.copies(unit)
         common = [c for c in inputs if c.of in targets]  # one of the two may not have come to the block

@@ -346,24 +346,24 @@ class Accumulator:
         if use.columns is None or use.form != self.form:
             return
         self.common |= use.common
-        if use.entry or there is None:
-            self.drift = None
+        counterparts = [] if use.entry or there is None else there
         for n, (x, counts, known) in enumerate(use.columns(self.valid)):
             self.padded |= not known
-            if there is None or n >= len(there) or there[n].shape != x.shape:
-                self.drift = None
+            other = counterparts[n] if n < len(counterparts) and counterparts[n].shape == x.shape else None
             first, entries = use.entry or (0, len(x))
             shape = (max([entries, *self.total.shape[:1]]), x.shape[1], x.shape[1])
             if self.total.shape != shape:
                 self.total = self.total.to(x.device, torch.float64).expand(shape).clone()
             total = self.total[first : first + 1] if use.entry else self.total
-            if self.drift is not None and self.drift.shape != shape:
+            if other is None:
+                self.drift = None
+            elif self.drift is not None and self.drift.shape != shape:
                 self.drift = torch.zeros_like(self.total)
             with torch.autocast(x.device.type, enabled=False):
                 for part in x.split(1 << 14, dim=2):  # float32 within a part, float64 between them
                     total += part @ part.transpose(1, 2)
-                if self.drift is not None and there is not None:
-                    away = there[n] - x
+                if self.drift is not None and other is not None:
+                    away = other - x
                     self.apart += away.square().sum(dtype=torch.float64).item()
                     for part, off in zip(x.split(1 << 14, dim=2), away.split(1 << 14, dim=2), strict=True):
                         self.drift += off @ part.transpose(1, 2)
