@@ -266,6 +266,16 @@ def test_killed_after_some_blocks_and_rerun_ends_like_an_uninterrupted_run(
     assert not (path / "blocks").exists() and not (path / "last.ckpt").exists()
 
 
+def test_training_follows_the_float_network_that_it_starts_from(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
+    words = [*SMOKE, "quant=lsq", "bits=8", "train.epochs=1", "train.lr=1e-6", f"root={tmp_path}", "wandb=disabled"]
+    labels, answers = (Cell([*words, f"quant.distill={share}"]).execute() for share in (0, 1))
+    # From float weights in 8 bits, the network is at what it follows; at the labels it is not.
+    assert answers.history[0]["train/loss"] < 0.05 * labels.history[0]["train/loss"]
+    with pytest.raises(BitfrontError, match="init_from=float"):
+        Cell([*words, "quant.distill=1", "init_from=null"]).execute()
+
+
 def test_layers_with_settings_of_their_own_from_the_command_line(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")
     result = cli(

@@ -375,6 +375,8 @@ def test_options_that_need_a_task_are_refused_by_the_library() -> None:
     for option, more in (("reestimate_bn", {}), ("distill", {"sft": True})):
         with pytest.raises(BitfrontError, match=option):
             bitfront.quantize(network, GPTQ(**{option: True}, **more, **ALL), [torch.randn(8, 16)])
+        with pytest.raises(BitfrontError, match=option):
+            bitfront.prepare(network, LSQ(**{option: True}, **ALL))
     with pytest.raises(BitfrontError, match="no module 'nope' to take as a block"):
         bitfront.quantize(network, GPTQ(**ALL), [torch.randn(8, 16)], blocks=["nope"])
 

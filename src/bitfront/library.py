@@ -120,12 +120,13 @@ def prepare(
         steps: of the optimizer in the whole training, where widths are learned.
 
     Raises:
-        BitfrontError: a layer cannot be quantized as asked.
+        BitfrontError: a layer cannot be quantized as asked, or the method as only a cell can use it.
     """
     if isinstance(method, PostTraining):
         raise BitfrontError(
             f"{type(method).__name__} quantizes after training; use bitfront.quantize(network, method, data)"
         )
+    _check_without_task(method)
     method = _to_size(method, max_size)
     network = resolve(unwrapped(network))
     if not method.max_size:
@@ -295,11 +296,16 @@ def unwrapped(network: nn.Module) -> nn.Module:
 def _check(method: Any) -> None:
     if not isinstance(method, PostTraining):
         raise BitfrontError(f"{type(method).__name__} quantizes in training; use bitfront.prepare(network, method)")
+    _check_without_task(method)
+
+
+def _check_without_task(method: Method) -> None:
+    """Refuse what only a cell can do."""
     for option, instead in (
         ("reestimate_bn", "is of training data; leave it out here, or use a cell"),
         ("distill", "is of a cell's training; leave it out here, and write it into the loss of your own loop"),
     ):
-        if getattr(method, option):
+        if getattr(method, option, False):
             raise BitfrontError(f"{option} {instead}")
 
 

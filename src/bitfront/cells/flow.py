@@ -32,7 +32,7 @@ from bitfront.downloads import sha256
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank
 from bitfront.progress import phase
-from bitfront.quant.core import FixedBits, Float, Method, Sampled
+from bitfront.quant.core import Distilled, FixedBits, Float, Method, Sampled
 from bitfront.quant.engine.calibration import PostTraining
 from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.engine.sized import sized
@@ -226,8 +226,11 @@ def _attached(
         raise BitfrontError("this method quantizes trained weights; give init_from=float or init_from=<artifact>")
     if isinstance(method, PostTraining) and device.type == "mps":
         raise BitfrontError("calibration needs float64, which mps does not have; give trainer.accelerator=cpu")
-    if isinstance(method, PostTraining) and method.distill and not task.answering:
-        raise BitfrontError(f"quant.distill needs {type(task).__name__}.answers: what the network says of a batch")
+    if isinstance(method, Distilled) and method.distill:
+        if not task.answering:
+            raise BitfrontError(f"quant.distill needs {type(task).__name__}.answers: what the network says of a batch")
+        if not origin and not task.pretrained:
+            raise BitfrontError("quant.distill follows the network that the training starts from; give init_from=float")
     pl.seed_everything(task.seed, verbose=False)
     with phase("building the network"):
         network = _network(task, origin)
@@ -269,7 +272,7 @@ def _network(task: Task, origin: Origin | None) -> nn.Module:
 
 def _loss(task: Task, method: Method, origin: Origin | None) -> Callable[[nn.Module, Any], Tensor]:
     """What is trained on."""
-    if not isinstance(method, PostTraining) or not method.distill:
+    if not isinstance(method, Distilled) or not method.distill:
         return task.loss
     with phase("building the network to follow"):
         return Distillation(task, _network(task, origin), method.distill)

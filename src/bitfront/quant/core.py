@@ -128,7 +128,19 @@ class Float(Method):
 
 
 @dataclass(kw_only=True)
-class Trained(Method):
+class Distilled(Method):
+    """A method whose training can follow the float network.
+
+    Attributes:
+        distill: share of the float network's answers in what is trained on; the rest are labels.
+    """
+
+    distill: float = 0.0
+    ranges: ClassVar[Ranges] = {"distill": "[0, 1]"}
+
+
+@dataclass(kw_only=True)
+class Trained(Distilled):
     """A method that trains through its quantizers."""
 
     def quantizer(self, w: Tensor) -> Quantizer:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from bitfront.progress import Bar
-from bitfront.quant.core import Method, check
+from bitfront.quant.core import Distilled, Method, check
 from bitfront.quant.engine.block import quantize_block, several, solve
 from bitfront.quant.engine.blockwise import norm_parameters
 from bitfront.quant.engine.by_blocks import ByBlocks
@@ -38,13 +38,12 @@ from bitfront.quant.layers.inputs import no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
 from bitfront.quant.storage.packed import Packed
-from bitfront.ranges import Ranges
 
 STAGES = ("between", "moving", "held_out")  # of the tuning of a block, as its entry in the log has them
 
 
 @dataclass(kw_only=True)
-class PostTraining(ByBlocks):
+class PostTraining(ByBlocks, Distilled):
     """A method that quantizes a trained network.
 
     Attributes:
@@ -53,14 +52,11 @@ class PostTraining(ByBlocks):
         sft_relative: its learning rate is in units of each tensor's distance of values; else as in the paper, s and z
             are learned as they are.
         sft_codes: codes learn, too, straight through (``moving``).
-        distill: share of the float network's answers in what is trained on; the rest are labels.
     """
 
     sft: bool = False
     sft_relative: bool = True
     sft_codes: bool = False
-    distill: float = 0.0
-    ranges: ClassVar[Ranges] = {"distill": "[0, 1]"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
