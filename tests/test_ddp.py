@@ -27,6 +27,7 @@ METHODS: dict[str, Callable[[], bitfront.Method]] = {
     "ste": lambda: bitfront.STE(bits=3, min_size=0.001),
     "diffq": lambda: bitfront.DiffQ(penalty=3, min_size=0.001),
 }
+IN_PHASES = {"diffq_lsq": lambda: bitfront.DiffQLSQ(penalty=3, min_size=0.001)}  # of which each knows the way of all
 
 
 def test_two_processes_train_and_measure_one_artifact(floats: Path, tmp_path: Path) -> None:
@@ -67,12 +68,12 @@ def steps(model: bitfront.QuantizedModel, called: nn.Module, x: Tensor) -> dict[
 def prepared(name: str) -> tuple[bitfront.QuantizedModel, Tensor]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
-    return bitfront.prepare(network, METHODS[name]()), torch.randn(8, 32)
+    return bitfront.prepare(network, (METHODS | IN_PHASES)[name](), steps=3), torch.randn(8, 32)
 
 
 def trained(rank: int) -> dict[str, dict[str, list[float]]]:
     found = {}
-    for name in ("lsq", "diffq"):
+    for name in ("lsq", "diffq", "diffq_lsq"):
         model, x = prepared(name)
         found[name] = steps(model, nn.parallel.DistributedDataParallel(model), x[4 * rank : 4 * rank + 4])
     return found

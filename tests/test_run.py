@@ -214,7 +214,7 @@ def killed(folder: Path, code: str, words: list[str]) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize("method", ["diffq", "lsq"])
+@pytest.mark.parametrize("method", ["diffq", "lsq", "diffq_lsq"])
 def test_killed_and_rerun_ends_like_an_uninterrupted_run(root: Path, tmp_path: Path, method: str) -> None:
     words = [*SMOKE, f"quant={method}", f"root={tmp_path}", "wandb=disabled"]
     shutil.copytree(root / "vit" / "float", tmp_path / "vit" / "float")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitfront.quant.forwards.parametrized import resolve
     from bitfront.quant.methods.decoupleq import DecoupleQ
     from bitfront.quant.methods.diffq import DiffQ
+    from bitfront.quant.methods.diffq_lsq import DiffQLSQ
     from bitfront.quant.methods.gptq import GPTQ
     from bitfront.quant.methods.gsq import GSQ
     from bitfront.quant.methods.lsq import LSQ
@@ -36,6 +37,7 @@ _HOMES = {
     "quant.forwards.parametrized": ("resolve",),
     "quant.methods.decoupleq": ("DecoupleQ",),
     "quant.methods.diffq": ("DiffQ",),
+    "quant.methods.diffq_lsq": ("DiffQLSQ",),
     "quant.methods.gptq": ("GPTQ",),
     "quant.methods.gsq": ("GSQ",),
     "quant.methods.lsq": ("LSQ",),
@@ -57,6 +59,7 @@ __all__ = [
     "Calibration",
     "DecoupleQ",
     "DiffQ",
+    "DiffQLSQ",
     "Float",
     "Method",
     "Packed",

@@ -129,14 +129,13 @@ def prepare(
     _check_without_task(method)
     method = _to_size(method, max_size)
     network = resolve(unwrapped(network))
-    if not method.max_size:
-        return method.attach(network)
-    if isinstance(method, Sampled):
+    if method.max_size and isinstance(method, Sampled):
         with together():
             calibration = Calibration(_drawn(data, method), forward or call, None, not_padded)
             return sized(method, network, calibration).attach(network)
     model = method.attach(network)
-    model.steer(steps)
+    if method.steered:
+        model.steer(steps)
     return model
 
 

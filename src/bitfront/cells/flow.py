@@ -253,7 +253,7 @@ def _attached(
             method = sized(method, network if data.offload else network.to(device), data, about(config))
         if not isinstance(method, PostTraining):
             model = method.attach(network)
-            if method.max_size and not isinstance(method, FixedBits):
+            if method.steered:
                 model.steer(about=about(config))
             return model
         data = _calibration(config, task, method, network, device, run)

@@ -72,10 +72,10 @@ class Training(pl.LightningModule):
         decaying = {id(p) for p in network if self.task.decays(p)}
         main = self.recipe.optimizer([*network, *together], lambda p: id(p) in decaying)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        optimizer = self.model.optimizer(main, scaler)
         steps = int(self.trainer.estimated_stepping_batches)
         if self.model.steering:
             self.model.steering.steps = steps
+        optimizer = self.model.optimizer(main, scaler)
         schedule = LambdaLR(optimizer, lambda step: self.recipe.lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -94,7 +94,7 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.loss(self.model, batch)
         self.total += loss.detach()
-        if self.method.penalty and not self.model.steering:
+        if self.model.penalized:
             return loss + self.model.penalty() / self.task.summed
         return loss
 

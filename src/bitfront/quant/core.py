@@ -106,18 +106,27 @@ class Method:
             )
         return weights
 
+    @property
+    def steered(self) -> bool:
+        """Whether training needs ``steering``."""
+        return self.max_size > 0
+
     def steering(self, model: QuantizedModel, about: Mapping[str, Any]) -> Steering | None:
-        """What brings a model that trains to ``max_size``, where widths are learned."""
+        """What brings a model that trains to ``max_size``, where widths are learned, and says when these are whole."""
         return None
 
     def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
         """What a user should know of the stored tensors, a line each."""
         return []
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    def optimizer(self, parameters: list[nn.Parameter], steps: int = 0) -> torch.optim.Optimizer | None:
         """The quantizers' own optimizer, stepped beside the network's with a constant learning rate.
 
         None trains the quantizers' parameters in the network's optimizer.
+
+        Args:
+            parameters: of the quantizers.
+            steps: of the whole training, where there is ``steering``.
         """
         return None
 
@@ -190,6 +199,10 @@ class FixedBits(Sampled):
         "group_size": "-1..",
         "scale_dtype": ("float32", "float16", "bfloat16"),
     }
+
+    @property
+    def steered(self) -> bool:
+        return False  # widths are there before training
 
     @property
     def dtype(self) -> torch.dtype:

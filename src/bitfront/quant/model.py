@@ -106,7 +106,7 @@ class Objective(Protocol):
     raw_dtype: str
     penalty: float
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    def optimizer(self, parameters: list[nn.Parameter], steps: int = 0) -> torch.optim.Optimizer | None:
         """The quantizers' own, or None."""
 
     def steering(self, model: Any, about: Mapping[str, Any]) -> Steering | None:
@@ -208,7 +208,7 @@ class QuantizedModel(nn.Module):
         return found
 
     def steer(self, steps: int = 0, about: Mapping[str, Any] | None = None) -> None:
-        """Have learned widths come to the method's ``max_size``.
+        """Have learned widths come to the method's ``max_size``, and stay where the method then goes on with them.
 
         Args:
             steps: of the optimizer in the whole training.
@@ -226,8 +226,12 @@ class QuantizedModel(nn.Module):
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss for the model's size (DiffQ's penalty times MB): a differentiable scalar."""
-        penalty = self.method.penalty if self.method and not self.steering else 0.0
-        return penalty * self.megabytes()
+        return (self.method.penalty if self.method and self.penalized else 0.0) * self.megabytes()
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a penalty decides the size."""
+        return bool(self.method and self.method.penalty) and not (self.steering and self.steering.limit)
 
     def optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> Joint:
         """An optimizer of the weights, joined with the method's own of the quantizers, as ``Joint`` says. Where it has
@@ -248,18 +252,27 @@ class QuantizedModel(nn.Module):
                 "network.parameters() after bitfront.prepare"
             )
         if self.steering and any(map(in_parts, self.parameters())):
-            raise BitfrontError("widths that are learned for max_size= cannot be sharded; use DistributedDataParallel")
+            raise BitfrontError(
+                "widths that learn for a part of the training, or for max_size=, cannot be sharded; use "
+                "DistributedDataParallel"
+            )
         left = [p for p in self.quantizers.parameters() if id(p) not in stepped]
-        own = self.method.optimizer(left) if self.method and left else None
+        known = {"steps": self.steering.steps} if self.steering else {}
+        own = self.method.optimizer(left, **known) if self.method and left else None
         if left and own is None:
             optimizer.add_param_group({"params": left, "weight_decay": 0.0})
         if self.steering:
-            return Joint(optimizer, own, self.steering.project, scaler, self.steering.shift)
+            return Joint(optimizer, own, self._prepared, scaler, self.steering.step)
         return Joint(optimizer, own, self._spare_unused, scaler)
+
+    def _prepared(self) -> None:
+        assert self.steering
+        self.steering.project()
+        self._spare_unused()
 
     def _spare_unused(self) -> None:
         """A layer that a step left out (layer drop) has no say, and the penalty alone would narrow it."""
-        if not (self.method and self.method.penalty):
+        if not self.penalized:
             return
         named = zip(self.quantizers, map(self.network.get_parameter, self.names), strict=True)
         parts = [(quantizer, w.grad) for quantizer, w in named if w.requires_grad]

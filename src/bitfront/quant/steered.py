@@ -4,8 +4,8 @@
     a step of the optimizer, then  l <- l + t      one shift for all, such that  S(l) = S*
 
 ``S`` are the bits of all codes, ``S*`` goes from those of the start to the room that the file has for them, linearly
-over the first half of the training. In the end widths are whole: all are rounded down after a shift, the largest with
-which the file has at most its size.
+over the first half of the time in which widths learn. In the end widths are whole: all are rounded down after a shift,
+the largest with which the file has at most its size. A method that then goes on with them says when (``hold``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bitfront.quant.storage.artifact import Artifact
 from bitfront.quant.storage.layout import MAX_BITS
 from bitfront.quant.storage.packed import Packed
 
-RAMP = 0.5  # share of the steps after which the size is reached
+RAMP = 0.5  # share of the steps in which widths learn, after which the size is reached
 NEAR = 1.02
 NEWTON = 4  # steps to the shift, of which the first is close
 HALVINGS = 30  # of the range in which the last shift is sought
@@ -39,6 +39,9 @@ class Widths(Protocol):
     def widths(self) -> Tensor:
         """Of each group, continuous and differentiable."""
 
+    def hold(self, w: Tensor) -> None:
+        """Keep the widths that are stored for the rest of the training."""
+
 
 class Steering(nn.Module):
     """Keeps a model that trains on its way to a size.
@@ -46,9 +49,10 @@ class Steering(nn.Module):
     Args:
         quantizers: with widths, of all tensors.
         network: whose file is meant.
-        limit: bytes of the file.
+        limit: bytes of the file; 0 for any, where a penalty decides.
         about: what the file says of itself, which counts.
         raw_dtype: of what is not quantized.
+        learning: share of the training in which widths learn.
 
     Attributes:
         steps: of the whole training; to be set before its first.
@@ -61,8 +65,10 @@ class Steering(nn.Module):
         limit: int,
         about: Mapping[str, Any],
         raw_dtype: torch.dtype = torch.float32,
+        learning: float = 1.0,
     ) -> None:
         super().__init__()
+        self.learning = learning
         self.quantizers = tuple(quantizers.values())  # which the model has already
         self.names, self.network = tuple(quantizers), (network,)
         self.limit, self.about, self.raw_dtype, self.steps = limit, dict(about), raw_dtype, 0
@@ -74,7 +80,9 @@ class Steering(nn.Module):
     def project(self) -> None:
         """Take out of the logits' gradients what would change the size."""
         if not self.steps:
-            raise BitfrontError("learned widths come to max_size= along the training; say of how many steps= it is")
+            raise BitfrontError("widths learn along the training; say of how many steps= it is")
+        if not self.limit or self.held:
+            return
         logits = [q.logits for q in self.quantizers if q.logits.grad is not None]
         if not logits:
             return
@@ -85,11 +93,28 @@ class Steering(nn.Module):
         for g, n in zip(grads, normals, strict=True):
             g.sub_(along * n)
 
+    @property
+    def held(self) -> bool:
+        """Whether the widths have learned, and the training goes on with them."""
+        return self.learning < 1 and self.get_buffer("done").item() >= self.learning * self.steps > 0
+
     @torch.no_grad()
-    def shift(self) -> None:
-        """Bring the size to where it is to be after this step."""
+    def step(self) -> None:
+        """Bring the size to where it is to be after this step of the optimizer; the last in which widths learn makes
+        them whole."""
+        if self.held:
+            return
         self.get_buffer("done").add_(1)
-        share = min(1.0, self.get_buffer("done").item() / (RAMP * self.steps))
+        if self.limit:
+            self._shift(min(1.0, self.get_buffer("done").item() / (RAMP * self.learning * self.steps)))
+        if self.held:
+            if self.limit:
+                self._choose()
+            for name, q in zip(self.names, self.quantizers, strict=True):
+                q.hold(self.network[0].get_parameter(name).detach())
+
+    def _shift(self, share: float) -> None:
+        """All logits alike, such that of the way to the size so much is done."""
         room = max(self.get_buffer("room").item(), NEAR * self.least)  # a logit never gets to the least
         wanted = self.start + share * (room - self.start)
         logits = [q.logits for q in self.quantizers]
@@ -113,6 +138,10 @@ class Steering(nn.Module):
     @torch.no_grad()
     def fit(self) -> None:
         """Make the widths whole, such that the file has its size."""
+        if self.limit and not self.held:
+            self._choose()
+
+    def _choose(self) -> None:
         shells = self._shells()
         widths = {name: q.widths() for name, q in zip(self.names, self.quantizers, strict=True)}
 
@@ -146,6 +175,8 @@ class Steering(nn.Module):
         Raises:
             BitfrontError: the file cannot be so small.
         """
+        if not self.limit:
+            return
         shells = self._shells()
         for (name, p), q in zip(shells.items(), self.quantizers, strict=True):
             shells[name] = replace(p, bits=torch.full((len(p.codes),), q.least, dtype=torch.uint8))

@@ -18,44 +18,24 @@ that is stepped once; widths 1..15 all survive storing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bitfront.quant.core import Trained, check
-from bitfront.quant.model import MB, QuantizedModel, Quantizer
-from bitfront.quant.steered import Steering, stored
-from bitfront.quant.storage.layout import MAX_BITS
+from bitfront.quant.core import check
 from bitfront.quant.storage.packed import Packed, grouped, ungrouped
+from bitfront.quant.widths import LearnedWidth, LearnedWidths
 from bitfront.ranges import Ranges
 
 
-class DiffQQuantizer(Quantizer):
-    """Learned widths of one tensor, as logits ``[groups]``."""
-
-    threshold: Tensor | None
+class DiffQQuantizer(LearnedWidth):
+    """Noise of learned widths, and one range per tensor."""
 
     def __init__(self, w: Tensor, method: DiffQ) -> None:
-        super().__init__()
-        self.method = method
-        groups = grouped(w.detach(), method.group_size)
-        self.group_numel = groups.shape[1]
-        self.least = method.min_bits
-        self.logits = nn.Parameter(torch.full((len(groups),), method.initial_logit(), device=w.device))
-        self.register_buffer("threshold", torch.tensor(0.5, device=w.device) if method.max_size else None)
-
-    def widths(self) -> Tensor:
-        """Continuous bits of each group, ``[groups]``, between min_bits and max_bits."""
-        return self.method.widths(self.logits)
-
-    def stored_widths(self) -> Tensor:
-        """Whole bits of each group on disk, ``[groups]``."""
-        if self.threshold is not None:
-            return stored(self.widths().detach(), self.threshold, self.least)
-        return (self.widths().detach() + self.method.extra_bits).round().clamp(1, MAX_BITS)
+        super().__init__(w, method)
+        self.extra = method.extra_bits
 
     def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value of the grid, differentiable in ``w``."""
@@ -81,19 +61,14 @@ class DiffQQuantizer(Quantizer):
         return Packed.nearest(w, self.stored_widths().int(), lo[None], (hi - lo)[None], self.method.group_size)
 
     def bits(self) -> Tensor:
-        widths = self.widths() + self.method.extra_bits if self.training else self.stored_widths()
-        table = (1 + widths.detach().max().round() - self.method.min_bits).clamp_min(1).log2().ceil()
-        return self.group_numel * widths.sum() + 64 + 8 + len(widths) * table
+        return self.coded_bits() + 64
 
 
 @dataclass(kw_only=True)
-class DiffQ(Trained):
+class DiffQ(LearnedWidths):
     """Differentiable widths.
 
     Attributes:
-        penalty: what a MB costs in units of the loss (the paper's lambda).
-        group_size: consecutive weights that share a width; 0 for the whole tensor, -1 for a row.
-        min_bits, init_bits, max_bits: range and start of the widths.
         param: "bits" (b is a sigmoid of the logit between the limits) or "noise" (the logarithm of the noise is).
         noise: "gaussian" (standard deviation of half a step) or "uniform" (within half a step).
         range: "minmax" (the paper) or "absmax": from -max |w| to max |w|.
@@ -102,78 +77,46 @@ class DiffQ(Trained):
             to 3 bits takes 2,300 steps at 1e-3.
     """
 
-    penalty: float = field(default=1.0)
-    group_size: int = 8
-    min_bits: int = 2
-    init_bits: int = 8
-    max_bits: int = 15
     param: str = "bits"
     noise: str = "gaussian"
     range: str = "minmax"
     extra_bits: int = 0
     lr: float = 1e-3
     ranges: ClassVar[Ranges] = {
-        "group_size": "-1..",
-        "min_bits": "1..15",
-        "init_bits": "1..15",
-        "max_bits": "1..15",
         "extra_bits": "-14..14",
         "param": ("bits", "noise"),
         "noise": ("gaussian", "uniform"),
         "range": ("minmax", "absmax"),
         "lr": "(0, inf)",
     }
-    per_layer: ClassVar[tuple[str, ...]] = (
-        "group_size",
-        "min_bits",
-        "init_bits",
-        "max_bits",
-        "param",
-        "noise",
-        "range",
-        "extra_bits",
-    )
+    per_layer: ClassVar[tuple[str, ...]] = (*LearnedWidths.per_layer, "param", "noise", "range", "extra_bits")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.min_bits < self.init_bits < self.max_bits,
-            f"widths have min_bits < init_bits < max_bits, got {self.min_bits}, {self.init_bits}, {self.max_bits}",
-        )
         check(not (self.max_size and self.extra_bits), "extra_bits are for a penalty; max_size has its own rounding")
 
     def widths(self, logits: Tensor) -> Tensor:
-        """Bits of logits, elementwise."""
-        share = torch.sigmoid(logits)
         if self.param == "bits":
-            return self.min_bits + share * (self.max_bits - self.min_bits)
+            return super().widths(logits)
+        share = torch.sigmoid(logits)
         finest, coarsest = (-math.log(2**bits - 1) for bits in (self.max_bits, self.min_bits))
         return torch.log2(1 + torch.exp(-(share * finest + (1 - share) * coarsest)))
 
     def initial_logit(self) -> float:
-        """The logit of init_bits."""
         if self.param == "bits":
-            share = (self.init_bits - self.min_bits) / (self.max_bits - self.min_bits)
-        else:
-            finest, coarsest, start = (math.log(2**b - 1) for b in (self.max_bits, self.min_bits, self.init_bits))
-            share = (start - coarsest) / (finest - coarsest)
+            return super().initial_logit()
+        finest, coarsest, start = (math.log(2**b - 1) for b in (self.max_bits, self.min_bits, self.init_bits))
+        share = (start - coarsest) / (finest - coarsest)
         return math.log(share / (1 - share))
 
     def quantizer(self, w: Tensor) -> DiffQQuantizer:
         return DiffQQuantizer(w, self)
 
-    def steering(self, model: QuantizedModel, about: Mapping[str, Any]) -> Steering:
-        quantizers: Any = {name: quantizer for name, quantizer, _ in model.items()}
-        return Steering(quantizers, model.network, int(self.max_size * MB), about, model.raw_dtype)
+    def remedy(self) -> str:
+        return (
+            f"a step changes them by at most lr={self.lr:g}; train for more steps, or with a larger "
+            f"{type(self).__name__}(lr=...)"
+        )
 
-    def remarks(self, packed: Mapping[str, Packed]) -> list[str]:
-        widths = torch.cat([p.bits.float().expand(len(p.codes)).cpu() for p in packed.values()] or [torch.zeros(1)])
-        if self.max_size or not self.penalty or widths.mean() < self.init_bits - 0.5:
-            return []
-        return [
-            f"the widths have hardly moved from {self.init_bits} bits: a step changes them by at most lr={self.lr:g}; "
-            "train for more steps, or with a larger DiffQ(lr=...)"
-        ]
-
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    def optimizer(self, parameters: list[nn.Parameter], steps: int = 0) -> torch.optim.Optimizer | None:
         return torch.optim.Adam(parameters, lr=self.lr)

@@ -75,5 +75,5 @@ class LSQ(FixedBits, Trained):
     def quantizer(self, w: Tensor) -> LSQQuantizer:
         return LSQQuantizer(w, self.bits, self.group_size, self.dtype)
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    def optimizer(self, parameters: list[nn.Parameter], steps: int = 0) -> torch.optim.Optimizer | None:
         return torch.optim.Adam(parameters, lr=self.lr) if self.lr else None

@@ -57,12 +57,16 @@ def round_to_nearest(w: Tensor, bits: int, group_size: int, scales: Scales = PLA
     return on_stored_grid(w, bits, *min_max(w, group_size, bits, scales.symmetric), group_size, scales)
 
 
-def on_stored_grid(w: Tensor, bits: int, lo: Tensor, span: Tensor, group_size: int, scales: Scales = PLAIN) -> Packed:
-    """Round ``w`` to nearest on the grids, ``[groups]``, that are left when these are stored as they can be."""
+def on_stored_grid(
+    w: Tensor, bits: int | Tensor, lo: Tensor, span: Tensor, group_size: int, scales: Scales = PLAIN
+) -> Packed:
+    """Round ``w`` to nearest on the grids, ``[groups]``, that are left when these are stored as they can be; ``bits``
+    is of all, or ``[groups]``."""
+    widths = torch.as_tensor(bits, device=w.device).reshape(-1)
     lo, span = by_rows(lo, w.shape), by_rows(span, w.shape)
-    scales = scales.fitting(lo, span, bits)
+    scales = scales.fitting(lo, span, widths if len(widths) == 1 else widths.view_as(span))
     lo, span = (x.flatten() for x in scales.stored(lo, span))
-    return Packed.nearest(w, torch.tensor([bits], device=w.device), lo, span, group_size, scales.table)
+    return Packed.nearest(w, widths, lo, span, group_size, scales.table)
 
 
 def by_rows(x: Tensor, shape: torch.Size) -> Tensor:

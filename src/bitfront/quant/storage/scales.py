@@ -50,13 +50,13 @@ class Scales:
         q_lo, tops_lo = coarse(lo, self.table)
         return fine(q if self.symmetric else q_lo, tops_lo, self.table), fine(q, tops, self.table)
 
-    def fitting(self, lo: Tensor, span: Tensor, bits: int) -> Scales:
+    def fitting(self, lo: Tensor, span: Tensor, bits: int | Tensor) -> Scales:
         """This form, or the next one that a tensor's grids can have: no table where rows have one grid, or very
         different ones; float32 where ``dtype`` would move the values by ``EXACTLY`` or more.
 
         Args:
             lo, span: ``[rows, scales of a row]``.
-            bits: of the codes.
+            bits: of the codes, of all or of each scale.
         """
         if self.table and lo.shape[1] > 1 and self._tabulates(lo.float(), span.float()):
             return replace(self, dtype=EXACT)
