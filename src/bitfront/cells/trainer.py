@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,8 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
 from bitfront.progress import Bar
+from bitfront.saved import resume
 
 WAIT = timedelta(days=1)  # of processes for the first one, which measures
+CHECKPOINT = {"bitfront", "state_dict", "optimizer_states", "pytorch-lightning_version"}
 
 
 class Progress(pl.Callback):
@@ -102,31 +102,6 @@ def meet(trainer: dict[str, Any]) -> None:
         Fabric(**own, strategy=Processes(timeout=WAIT)).launch()
 
 
-def epochs(path: Path) -> int:
-    """How many a checkpoint has behind it.
-
-    Raises:
-        BitfrontError: it is damaged.
-    """
-    check_checkpoint(path)
-    return len(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["bitfront"]["history"])
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuse a file that is cut off, holds more than data, or is of something else.
-
-    Raises:
-        BitfrontError: with what to do.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        whole = {"bitfront", "state_dict", "optimizer_states", "pytorch-lightning_version"} <= content.keys()
-    except (OSError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
-        whole = False
-    if not whole:
-        raise BitfrontError(f"'{path}' is damaged; delete it and run again, training then starts over")
-
-
 def fit(training: Training, trainer: dict[str, Any]) -> None:
     """Train to the end of the recipe, from the checkpoint if there is one.
 
@@ -135,13 +110,10 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         trainer: ``accelerator``, ``devices``, ``precision`` and ``accumulate_grad_batches`` of the configuration.
 
     Raises:
-        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or that
-            is damaged.
+        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays.
     """
     quiet()
-    checkpoint = training.checkpoint if training.checkpoint.is_file() else None
-    if checkpoint:
-        check_checkpoint(checkpoint)
+    checkpoint = training.checkpoint if resume(training.checkpoint, CHECKPOINT) else None
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
         strategy=DDPStrategy(timeout=WAIT) if several(trainer) else "auto",

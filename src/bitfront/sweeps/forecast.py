@@ -90,9 +90,12 @@ def planned(cell: Cell | None, records: Sequence[Record], users: int) -> Planned
 def interrupted(run: Run, epochs: int) -> tuple[str, float]:
     """The state of a run that is not finished and not running, and the share of its training that is left."""
     if run.checkpoint.is_file():
-        from bitfront.cells.trainer import epochs as trained
+        from bitfront.saved import DamagedError, load_saved
 
-        done = trained(run.checkpoint)
+        try:
+            done = len(load_saved(run.checkpoint)["bitfront"]["history"])
+        except (DamagedError, LookupError, TypeError):
+            return "starts over: what it has left is damaged", 1.0
         return f"goes on after epoch {done} of {epochs}", 1 - done / max(epochs, 1)
     begun = run.begun()
     return (f"goes on after {begun}" if begun else "to do"), 1.0

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -23,6 +22,7 @@ from bitfront.quant.forwards.captured import copied
 from bitfront.quant.forwards.together import gathered, of_first, place
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.storage.artifact import write_atomically
+from bitfront.saved import resume
 
 PLAIN = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 NAMED = (type, FunctionType, BuiltinFunctionType)
@@ -81,24 +81,8 @@ class States:
         write_atomically(self._path(n), content.getvalue())
 
     def load(self, n: int) -> dict[str, Any] | None:
-        """The n-th block's, if there is one.
-
-        Raises:
-            BitfrontError: it is damaged.
-        """
-        return of_first(lambda: self._read(self._path(n)))
-
-    def _read(self, path: Path) -> dict[str, Any] | None:
-        if not path.is_file():
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if {"packed", "norms", "layers", "block"} <= state.keys():
-                return state
-            error: Any = "something is missing"
-        except (OSError, RuntimeError, EOFError, LookupError, AttributeError, ValueError, pickle.UnpicklingError) as e:
-            error = e
-        raise BitfrontError(f"'{path}' is damaged ({error}); delete it and run again")
+        """The n-th block's, if there is one, as ``resume``."""
+        return of_first(lambda: resume(self._path(n), {"packed", "norms", "layers", "block"}))
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:04}.pt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bitfront.errors import ArtifactError, BitfrontError, first_line
+from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.quant.storage.artifact import Artifact
+from bitfront.saved import DamagedError, load_saved
 
 NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "ema", "model_ema")
 PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "net.")  # of DDP, averages, Lightning and torch.compile
@@ -74,16 +74,9 @@ def _pickled(path: Path) -> bool:
 
 def _unpickled(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BitfrontError(
-            f"'{path}' holds more than tensors, and could run any code; save the weights alone: "
-            "torch.save(net.state_dict(), 'weights.pth')"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, AttributeError, LookupError) as error:
-        raise BitfrontError(
-            f"'{path}' cannot be read ({first_line(error)}); save it with torch.save(net.state_dict(), 'weights.pth')"
-        ) from None
+        return load_saved(path)
+    except DamagedError as error:
+        raise BitfrontError(f"{error}; save the weights alone: torch.save(net.state_dict(), 'weights.pth')") from None
 
 
 def _plain(path: Path) -> bool:
