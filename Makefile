@@ -4,7 +4,7 @@ RUN := $(PY) -m src.run
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke recipes-smoke lint test-slow bench publish results wandb-dashboard lock clean
+.PHONY: help setup demo test smoke recipes-smoke lint test-slow faults bench publish results wandb-dashboard lock clean
 
 help:  ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,6 +40,9 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (ins
 	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval]' 'mlx[cpu]==0.32.4'
 	$(PY) -m pytest -m slow
 	$(PY) -m pytest tests/test_harness.py tests/test_interchange.py
+
+faults: .venv/installed  ## Read 100,000 damaged and hostile files (an hour)
+	$(PY) -m benchmarks.faults
 
 bench: .venv/installed  ## Compare with the official packages (installs them, which needs a C compiler; hours)
 	$(PY) -m benchmarks.solver

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import subprocess
@@ -257,7 +258,8 @@ def test_a_start_given_by_its_path_is_shown_by_its_run() -> None:
 
 
 def test_figures_are_the_same_every_time(tmp_path: Path) -> None:
-    layers = [{"name": "a.0.weight", "loss": 0.1}, {"name": "a.1.weight", "loss": 0.01}, {"name": "blind"}]
+    layers = [{"name": "a.0.weight", "loss": 0.1}, {"name": "a.1.weight", "loss": 0.01}, {"name": "looked up"}]
+    layers = [entry | {"inputs": 8} for entry in layers]
     records = [fake("diffq", 1000, 80.0), fake("rtn", 2000, 90.0, calibration={"layers": layers})]
     papers = [number(85.0, size=1500.0), number(None)]
     draw(rows(records, papers), papers, tmp_path / "x")
@@ -449,3 +451,24 @@ def test_tables_come_before_anything_that_draws_is_imported() -> None:
     late = {"torch", "matplotlib", "numpy", "pandas", "jinja2"}
     code = f"import sys, bitfront.commands.report; sys.exit(bool({late} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_records_that_cannot_be_read_are_told_and_the_others_shown(tmp_path: Path) -> None:
+    good = fake("lsq", 1000, 70.0)
+    content = good.as_json()
+    wrong = {
+        "newer": json.dumps({"schema": "bitfront/record/99", "status": "finished"} | content),
+        "cut": text_of("finished", content)[:-50],
+        "deep": "[" * 10**5,
+        "without a part": text_of("finished", content | {"config": {"task": 3}}),
+        "without a size": text_of("finished", content | {"sizes": content["sizes"] | {"file": 0}}),
+        "with another path": text_of("finished", content | {"task": "../../x"}),
+    }
+    others = {"failed": text_of("failed", {"id": "x"}), "other": "[1, 2]", "good": text_of("finished", content)}
+    for name, text in (wrong | others).items():
+        (tmp_path / f"{name}.json").write_text(text)
+    skipped: dict[Path, str] = {}
+    assert read_all(tmp_path, skipped) == [good]
+    assert {path.stem for path in skipped} == wrong.keys() and all(skipped.values())
+    result = cli("report", str(tmp_path))
+    assert result.returncode == 0 and "skipped 6 that cannot be read" in result.stdout and "lsq" in result.stdout

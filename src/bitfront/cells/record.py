@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from bitfront.cells.compose import command
 from bitfront.cells.identity import identity
+from bitfront.errors import first_line
 from bitfront.quant.log import UNTUNED, blind, untuned
 
 SCHEMA = "bitfront/record/2"
@@ -175,9 +176,11 @@ class Record(Head):
         try:
             primary, sizes = Primary(**content["primary"]), Sizes(**content["sizes"])
             _check_nested(content, primary, sizes)
-        except (TypeError, LookupError, AttributeError) as error:
+            record = cls(**{**content, "primary": primary, "sizes": sizes})
+            record.identity(), record.command, record.seconds, record.summary()  # as readers do
+        except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
-        return cls(**{**content, "primary": primary, "sizes": sizes})
+        return record
 
 
 def _check_nested(content: Mapping[str, Any], primary: Primary, sizes: Sizes) -> None:
@@ -190,8 +193,13 @@ def _check_nested(content: Mapping[str, Any], primary: Primary, sizes: Sizes) ->
     numbers += content.get("samples", {}).values()
     if not all(isinstance(value, (int, float)) for value in numbers):
         raise ValueError("a number is none")
-    if not {"smoke", "seed", "init_from", "task", "train", "quant", "trainer"} <= content["config"].keys():
+    if min(sizes.file, sizes.float, sizes.parameters) <= 0:
+        raise ValueError("a size is none")
+    config = content["config"]
+    if not {"smoke", "seed", "init_from"} <= config.keys():
         raise ValueError("config lacks a part")
+    if not all(isinstance(config[part], Mapping) for part in ("task", "train", "quant", "trainer")):
+        raise ValueError("a part of config is none")
     content["environment"]["dirty"], content["metrics"]["test"][primary.name]
 
 
@@ -204,18 +212,49 @@ _KINDS: dict[str, Any] = {
 def read(path: Path) -> Record | None:
     """A finished record, or None if the file is missing, cut off or no such record."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
-            return None
-        return Record.of(content) if content.pop("status", None) == "finished" else None
+        return _finished(path)
     except (OSError, ValueError):
         return None
 
 
-def read_all(root: Path) -> list[Record]:
-    """Every finished record below a folder: run directories, or copies of their records under any name."""
-    records = (read(path) for path in sorted(root.rglob("*.json")) if "wandb" not in path.parts)
-    return [record for record in records if record]
+def read_all(root: Path, skipped: dict[Path, str] | None = None) -> list[Record]:
+    """Every finished record below a folder: run directories, or copies of their records under any name.
+
+    Args:
+        root: the folder.
+        skipped: gets those that should be records and cannot be read as such, and why.
+    """
+    found: list[Record] = []
+    for path in sorted(root.rglob("*.json")):
+        if "wandb" in path.parts:
+            continue
+        try:
+            found += filter(None, [_finished(path)])
+        except (OSError, ValueError) as error:
+            if skipped is not None:
+                skipped[path] = first_line(error)
+    return found
+
+
+def _finished(path: Path) -> Record | None:
+    """A record; None of a run that is not finished, and of other JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    schema = content.pop("schema", None) if isinstance(content, dict) else None
+    if not isinstance(schema, str) or not schema.startswith(SCHEMA.rpartition("/")[0]):
+        return None
+    if content.pop("status", None) != "finished":
+        return None
+    if schema != SCHEMA:
+        raise ValueError(f"of version {schema}, not {SCHEMA}")
+    return Record.of(content)
 
 
 def text_of(status: str, content: Mapping[str, Any]) -> str:

@@ -40,6 +40,8 @@ from bitfront.reports.papers import published
 from bitfront.reports.rows import MIB, Row, rows
 from bitfront.shipped import module
 
+SKIPPED = 5  # files that are named
+
 
 @dataclass
 class Options:
@@ -79,8 +81,13 @@ def report(root: Path, chosen: Options) -> None:
     """
     if chosen.readme and (chosen.task or chosen.method or chosen.max_size):
         raise BitfrontError("readme= is filled from all runs; leave task=, method= and max_size= out")
-    papers = published()
-    table = select(root, rows(read_all(root), papers), chosen)
+    papers, skipped = published(), dict[Path, str]()
+    records = read_all(root, skipped)
+    if skipped:
+        some = [f"{path} ({why})" for path, why in skipped.items()]
+        more = f", and {len(some) - SKIPPED} more" if len(some) > SKIPPED else ""
+        CONSOLE.print(f"skipped {len(some)} that cannot be read: {', '.join(some[:SKIPPED])}{more}", markup=False)
+    table = select(root, rows(records, papers), chosen)
     parts = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}
     for part in parts.values():
         tables.show(part, CONSOLE)

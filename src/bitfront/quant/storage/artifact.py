@@ -2,8 +2,8 @@
 
 The file is safetensors. Each quantized tensor is one uint8 entry under its own name, laid out as ``packed`` says;
 everything else, small tensors and buffers, is stored as it is, or float32 ones in a narrower type. The JSON header
-``bitfront`` holds the version, the quantized tensors' layouts, the tied names, a checksum and the provenance. The file
-knows no method.
+``bitfront`` holds the version, the quantized tensors' layouts, the tied names, the provenance, and two checksums: of
+the tensors, and of itself (not in older files). The file knows no method.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bitfront.quant.storage.scales import told
 NARROW = (torch.float16, torch.bfloat16)
 REMEDY = "copy it again, or make it anew"
 PART = 1 << 30  # bytes of decoded weights at once
+OWN = ',"own_crc32":'
 VERSION = 4  # of files with axes in another order, or tables of rows that are not the first axis
 # 3: with tables of few bits, coded widths or narrow floats; 2: with groups of a row by themselves
 
@@ -105,9 +106,7 @@ class Artifact:
             **({"narrow": self._narrow()} if self.narrow else {}),
             "about": self.about,
         }
-        text = json.dumps(header, separators=(",", ":"))[:-1]
-        checked = f'{text},"crc32":{_checksum(tensors):>10}}}'  # as long whatever it is: a size is known beforehand
-        return safetensors.torch.save(tensors, {"bitfront": checked})
+        return safetensors.torch.save(tensors, {"bitfront": sealed(json.dumps(header, separators=(",", ":")), tensors)})
 
     def _narrow(self) -> dict[str, list[str]]:
         """By type, which tensors of it the network has as float32; [] for all of it."""
@@ -146,7 +145,8 @@ class Artifact:
             raise ArtifactError(f"there is no artifact at '{path}'; give a file that save, or a run, has written")
         try:
             with safetensors.safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("bitfront", "null"))
+                text = (file.metadata() or {}).get("bitfront", "null")
+                header = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
             with open(path, "rb") as file:
@@ -162,6 +162,11 @@ class Artifact:
                 raise ArtifactError(f"'{path}' has format {header['version']}, newer than {VERSION}; update bitfront")
             if header["crc32"] != _checksum(tensors):
                 raise ArtifactError(f"'{path}' is damaged (its checksum differs); {REMEDY}")
+            if "own_crc32" in header and header["own_crc32"] != _own_checksum(text.rpartition(OWN)[0], tensors):
+                raise ArtifactError(
+                    f"'{path}' is damaged (its header is not as it was written; if you have edited that, take "
+                    f"'own_crc32' out); {REMEDY}"
+                )
             packed = {name: Packed.from_bytes(tensors.pop(name), at) for name, at in header["quantized"].items()}
             tied, about = dict(header["tied"]), dict(header["about"])
             narrow = {
@@ -303,6 +308,13 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
+def sealed(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """A header's JSON with both checksums behind its other keys; as long whatever they are, so that the size of a file
+    is known beforehand."""
+    text = f'{header[:-1]},"crc32":{_checksum(tensors):>10}'
+    return f"{text}{OWN}{_own_checksum(text, tensors):>10}}}"
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
@@ -310,3 +322,9 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         content: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
         checksum = zlib.crc32(content, checksum)
     return checksum
+
+
+def _own_checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
+    """Of the header's text, and of what else says how bytes are read."""
+    told_too = [f"{name} {t.dtype} {list(t.shape)}" for name, t in sorted(tensors.items())]
+    return zlib.crc32("\n".join([text, *told_too]).encode())
