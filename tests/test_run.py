@@ -171,6 +171,21 @@ class Mark:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("damage", ["rotten", "removed"])
+def test_a_finished_cell_whose_file_is_another_is_run_again(root: Path, tmp_path: Path, damage: str) -> None:
+    for method in ("float", "rtn"):
+        shutil.copytree(root / "vit" / method, tmp_path / "vit" / method)
+    artifact = only(tmp_path, "rtn") / "model.safetensors"
+    data = bytearray(artifact.read_bytes())
+    data[-1] ^= 1
+    artifact.write_bytes(data) if damage == "rotten" else artifact.unlink()
+    words = [*SMOKE, "quant=rtn", f"root={tmp_path}", "wandb=disabled"]
+    assert "is run again" in cli("run", *words, "dry_run=true").stdout
+    result = cli("run", *words)
+    assert result.returncode == 0 and "is run again" in result.stdout
+    assert sha256(artifact) == record_of(only(root, "rtn")).artifact_sha256
+
+
 def test_a_finished_cell_is_not_run_again(root: Path) -> None:
     before = (only(root, "diffq") / "record.json").stat().st_mtime_ns
     result = cli("run", *SMOKE, "quant=diffq", f"root={root}")

@@ -103,6 +103,8 @@ class Cell:
                 return self._found(finished, run, nested)
             if begun := run.begun():
                 CONSOLE.print(f"resuming '{run.path}' after {begun}")
+            elif spoilt := run.spoilt():
+                CONSOLE.print(f"'{run.path}' is run again: {spoilt}")
             finished = self._execute(run)
         CONSOLE.print(finished.summary())
         return finished

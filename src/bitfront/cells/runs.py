@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bitfront.cells.record import FILE, Record, read, text_of
+from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError, BusyError
 
 PROBE = 0.3  # seconds: who only looks whether a directory is held holds it for an instant
@@ -45,12 +46,11 @@ class Run:
         self.lock, self.owner = path / "lock", path / "owner"
 
     def finished(self) -> Record | None:
-        """The record, if the run is complete; it names the artifact where the directory is now."""
+        """The record, if the run is complete and its artifact is the one that the record is of; it names that where the
+        directory is now."""
         record = read(self.path / FILE)
-        if not record or not self.artifact.is_file():
+        if not record or not self.artifact.is_file() or sha256(self.artifact) != record.artifact_sha256:
             return None
-        if self.artifact.stat().st_size != record.sizes.file:
-            return None  # damaged since: run the cell again
         return replace(record, artifact=str(self.artifact))
 
     def begun(self) -> str:
@@ -59,6 +59,11 @@ class Run:
             return "its last finished epoch"
         blocks = len(list(self.blocks.glob("*/[0-9]*.pt")))
         return f"block {blocks}" if self.blocks.is_dir() else ""
+
+    def spoilt(self) -> str:
+        """Why a run that was finished is to be run again; empty if it was not."""
+        was = read(self.path / FILE) and not self.finished()
+        return "its file is missing, or not the one that its record is of" if was else ""
 
     def clean(self) -> None:
         """Remove what only an interrupted run needs."""

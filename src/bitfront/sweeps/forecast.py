@@ -97,8 +97,9 @@ def interrupted(run: Run, epochs: int) -> tuple[str, float]:
         except (DamagedError, LookupError, TypeError):
             return "starts over: what it has left is damaged", 1.0
         return f"goes on after epoch {done} of {epochs}", 1 - done / max(epochs, 1)
-    begun = run.begun()
-    return (f"goes on after {begun}" if begun else "to do"), 1.0
+    if begun := run.begun():
+        return f"goes on after {begun}", 1.0
+    return (f"is run again: {spoilt}" if (spoilt := run.spoilt()) else "to do"), 1.0
 
 
 def estimate(config: Config, records: Sequence[Record], left: float = 1.0) -> float | None:
