@@ -40,8 +40,8 @@ from benchmarks.peers_quantize import Job, linear, norms
 from bitfront.cells.provenance import environment
 from bitfront.commands.options import options
 from bitfront.errors import BitfrontError
+from bitfront.files import write_atomically
 from bitfront.models import hf
-from bitfront.quant.storage.artifact import write_atomically
 
 OUT, ENVIRONMENTS = Path("results/benchmarks"), Path(".peers")
 BITS, GROUP = (2, 3), 64
@@ -329,7 +329,7 @@ def main(words: list[str]) -> None:
 
 def write(place: Path, found: Mapping[str, Any]) -> None:
     """Both files."""
-    write_atomically(place, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(place, json.dumps(found, indent=1) + "\n")
     place.with_suffix(".md").write_text(page(found))
 
 

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from bitfront.cells.record import FILE, Record, read, text_of
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError, BusyError
+from bitfront.files import write_atomically
 
 PROBE = 0.3  # seconds: who only looks whether a directory is held holds it for an instant
 JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
@@ -90,6 +91,8 @@ class Run:
             raise self._unwritable(error) from None
         try:
             job = f", job {os.environ[JOB]}" if JOB in os.environ else ""
+            for left in self.path.glob(".*"):  # by a process that died while it wrote
+                left.unlink(missing_ok=True)
             self.write(self.owner, f"process {os.getpid()} on {socket.gethostname()}{job}")
             yield
         finally:
@@ -125,12 +128,7 @@ class Run:
         Raises:
             BitfrontError: it cannot be written.
         """
-        temporary = path.with_name(f".{path.name}")
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise self._unwritable(error) from None
+        write_atomically(path, text)
 
     def _owner(self) -> str:
         return self.owner.read_text() if self.owner.is_file() else ""

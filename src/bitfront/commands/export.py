@@ -108,7 +108,8 @@ def _check(chosen: Options, of_task: list[str]) -> None:
 
 def _plain(chosen: Options) -> str:
     with phase("loading PyTorch"):
-        from bitfront.quant.storage.artifact import Artifact, write_atomically
+        from bitfront.files import write_atomically
+        from bitfront.quant.storage.artifact import Artifact
 
     artifact = Artifact.load(chosen.artifact)
     content = (PACKAGE / "standalone.py").read_bytes() if chosen.format == "torch" else _saved(artifact.state())

@@ -35,6 +35,7 @@ from bitfront.cells.record import read_all
 from bitfront.commands.options import folder, options
 from bitfront.console import CONSOLE
 from bitfront.errors import BitfrontError
+from bitfront.files import write_atomically
 from bitfront.reports import readme, tables
 from bitfront.reports.papers import published
 from bitfront.reports.rows import MIB, Row, rows
@@ -86,7 +87,7 @@ def report(root: Path, chosen: Options) -> None:
     if skipped:
         some = [f"{path} ({why})" for path, why in skipped.items()]
         more = f", and {len(some) - SKIPPED} more" if len(some) > SKIPPED else ""
-        CONSOLE.print(f"skipped {len(some)} that cannot be read: {', '.join(some[:SKIPPED])}{more}", markup=False)
+        CONSOLE.print(f"skipped {len(some)} that cannot be read: {', '.join(some[:SKIPPED])}{more}")
     table = select(root, rows(records, papers), chosen)
     parts = {task: [row for row in table if row.task == task] for task in sorted({row.task for row in table})}
     for part in parts.values():
@@ -99,14 +100,14 @@ def report(root: Path, chosen: Options) -> None:
     out = Path(chosen.out or root / "report")
     out.mkdir(parents=True, exist_ok=True)
     for task, part in parts.items():
-        (out / f"{task}.csv").write_text(tables.as_csv(part))
-        (out / f"{task}.md").write_text(tables.markdown(part))
-        (out / f"{task}.tex").write_text(tables.latex(part))
+        write_atomically(out / f"{task}.csv", tables.as_csv(part))
+        write_atomically(out / f"{task}.md", tables.markdown(part))
+        write_atomically(out / f"{task}.tex", tables.latex(part))
     for text in filter(None, chosen.readme.split(",")):
         readme.fill(Path(text), parts)
     from bitfront.reports import figures, page  # after the tables: drawing takes seconds
 
-    (out / "report.html").write_text(page.html(parts, papers))
+    write_atomically(out / "report.html", page.html(parts, papers))
     for task, part in parts.items():
         figures.draw(part, [p for p in papers if p.task == part[0].published], out / task)
     CONSOLE.print(f"tables and figures: {out}\npage: {out / 'report.html'}")

@@ -17,6 +17,7 @@ from matplotlib import pyplot, ticker
 
 from bitfront.cells import compose
 from bitfront.cells.record import Record
+from bitfront.files import write_atomically
 from bitfront.reports.columns import arrow
 from bitfront.reports.papers import Published
 from bitfront.reports.rows import MIB, Row, front, layer_losses, learned_bits, limit
@@ -87,7 +88,9 @@ def tradeoff(table: Sequence[Row], papers: Sequence[Published], stem: Path) -> N
     elif isfinite(edge):
         axes.set_ylim(top=-edge)
     axes.legend()
-    figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150, metadata={"Software": None})
+    write_atomically(stem.with_suffix(".png"), drawn.getvalue())
     _save(figure, stem)
 
 
@@ -204,7 +207,7 @@ def _save(figure: Any, stem: Path) -> None:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    stem.with_suffix(".svg").write_text(_numbered(drawn.getvalue()))
+    write_atomically(stem.with_suffix(".svg"), _numbered(drawn.getvalue()))
 
 
 def _numbered(svg: str) -> str:

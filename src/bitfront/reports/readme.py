@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bitfront.cells import compose
 from bitfront.errors import BitfrontError
+from bitfront.files import write_atomically
 from bitfront.reports.columns import arrow, metric
 from bitfront.reports.papers import spelled
 from bitfront.reports.rows import MIB, Row, share
@@ -48,7 +49,7 @@ def fill(path: Path, tables: dict[str, list[Row]]) -> None:
             ) from None
 
     pattern = r"(<!-- (table|sizes|overview|matrix):([\w,-]*) ?([\d.,]*) -->).*?(<!-- end -->)"
-    path.write_text(re.sub(pattern, block, path.read_text(), flags=re.DOTALL))
+    write_atomically(path, re.sub(pattern, block, path.read_text(), flags=re.DOTALL))
 
 
 def overview(tables: dict[str, list[Row]], tasks: Sequence[str]) -> str:

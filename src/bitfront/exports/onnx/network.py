@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves
 from bitfront.errors import BitfrontError, first_line
 from bitfront.exports.onnx.examples import SAMPLES, Example
 from bitfront.exports.onnx.graph import MICROSOFT, Blocks, Builder, Place, weight
+from bitfront.files import write_atomically
 from bitfront.progress import phase
 from bitfront.quant.forwards.parametrized import duplicate
-from bitfront.quant.storage.artifact import Artifact, write_atomically
+from bitfront.quant.storage.artifact import Artifact
 from bitfront.quant.storage.packed import Packed
 
 OPSET, OPSET_OF_2_BITS = 21, 25  # the first with uint4 and uint16, and with uint2

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import BitfrontError, first_line
+from bitfront.files import write_atomically
 from bitfront.quant.core import Method
 from bitfront.quant.engine.blockwise import floats
 from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.forwards.captured import copied
 from bitfront.quant.forwards.together import gathered, of_first, place
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.storage.artifact import write_atomically
 from bitfront.saved import resume
 
 PLAIN = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -8,9 +8,7 @@ the tensors, and of itself (not in older files). The file knows no method.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError
+from bitfront.files import write_atomically
 from bitfront.quant.forwards.parametrized import duplicate, parametrized, resolve
 from bitfront.quant.storage.packed import Packed
 from bitfront.quant.storage.scales import told
@@ -130,7 +129,10 @@ class Artifact:
                 f"'{path}' would have {len(data):,} bytes, and max_size allows {limit:,}; give a larger one, or say "
                 "less about it"
             )
-        write_atomically(path, data)
+        try:
+            write_atomically(path, data)
+        except BitfrontError as error:
+            raise ArtifactError(str(error)) from None
         return len(data)
 
     @classmethod
@@ -273,26 +275,6 @@ def float_bytes(network: nn.Module) -> int:
     """Bytes of all that a network's file would hold without quantization, tied tensors once."""
     state = {id(t): t for t in network.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.itemsize for t in state.values())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers and crashes see all of it or none of it.
-
-    Raises:
-        ArtifactError: the disk is full or the place is not writable.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room and run the same command" if full else "give a file in a folder that can be written to"
-        raise ArtifactError(f"could not write '{path}' ({error.strerror}); {remedy}") from None
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
