@@ -15,11 +15,11 @@ from bitfront.commands import COMMANDS
 
 PACKAGE = REPOSITORY / "src" / "bitfront"
 FRAMEWORKS = {"lightning", "hydra", "wandb", "omegaconf", "rich"}
-BASE = {"errors", "shipped", "console", "processes", "progress", "ranges", "theirs", "downloads"}
+BASE = {"errors", "shipped", "console", "processes", "progress", "ranges", "theirs", "downloads", "files", "saved"}
 MAY = {  # what each floor may import, besides itself
     **{name: {"errors", "shipped", "processes"} for name in BASE},
-    "quant": {"errors", "ranges", "progress"},
-    "exports": {"quant", "errors", "progress"},
+    "quant": {"errors", "ranges", "progress", "files", "saved"},
+    "exports": {"quant", "errors", "progress", "files"},
     "models": {"errors", "theirs", "downloads"},
     "data": {"errors", "shipped", "progress", "theirs", "downloads"},
     "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},
