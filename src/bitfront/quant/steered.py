@@ -52,10 +52,10 @@ class Steering(nn.Module):
         limit: bytes of the file; 0 for any, where a penalty decides.
         about: what the file says of itself, which counts.
         raw_dtype: of what is not quantized.
-        learning: share of the training in which widths learn.
 
     Attributes:
         steps: of the whole training; to be set before its first.
+        learning: share of it in which widths learn.
     """
 
     def __init__(
@@ -65,10 +65,9 @@ class Steering(nn.Module):
         limit: int,
         about: Mapping[str, Any],
         raw_dtype: torch.dtype = torch.float32,
-        learning: float = 1.0,
     ) -> None:
         super().__init__()
-        self.learning = learning
+        self.learning = 1.0
         self.quantizers = tuple(quantizers.values())  # which the model has already
         self.names, self.network = tuple(quantizers), (network,)
         self.limit, self.about, self.raw_dtype, self.steps = limit, dict(about), raw_dtype, 0

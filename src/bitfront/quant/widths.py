@@ -42,6 +42,10 @@ class LearnedWidth(Quantizer):
             return stored(self.widths().detach(), self.threshold, self.least)
         return (self.widths().detach() + self.extra).round().clamp(1, MAX_BITS)
 
+    def hold(self, w: Tensor) -> None:
+        """Keep these for the rest of the training, of a method that goes on with them; ``w`` is the weight by then."""
+        raise NotImplementedError
+
     def coded_bits(self) -> Tensor:
         """Bits of the codes and, if they are written plainly, of the widths; as ``Quantizer.bits``."""
         widths = self.widths() + self.extra if self.training else self.stored_widths()
