@@ -41,7 +41,7 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (ins
 	$(PY) -m pytest -m slow
 	$(PY) -m pytest tests/test_harness.py tests/test_interchange.py
 
-faults: .venv/installed  ## Read 100,000 damaged and hostile files (an hour)
+faults: .venv/installed  ## Read 100,000 damaged and hostile files
 	$(PY) -m benchmarks.faults
 
 bench: .venv/installed  ## Compare with the official packages (installs them, which needs a C compiler; hours)

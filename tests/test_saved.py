@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront import GPTQ, Calibration, DecoupleQ
+from bitfront.errors import BitfrontError
 from bitfront.saved import DamagedError, load_saved, resume
 
 STATE = {"a": torch.arange(1000.0), "b": {"c": [1, "x"]}}
@@ -61,6 +62,17 @@ def test_what_a_run_cannot_go_on_from_is_set_aside(kind: str, saved: Path, capsy
     assert not saved.exists() and saved.with_name("state.pt.damaged").exists()
     assert "state.pt" in capsys.readouterr().err
     assert resume(saved, {"a", "b"}) is None  # as if there had been none
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied")])
+def test_what_cannot_be_read_now_stays(error: Exception, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(BitfrontError):
+        resume(saved, {"a", "b"})
+    assert saved.exists()
 
 
 def test_what_is_whole_is_taken(saved: Path) -> None:

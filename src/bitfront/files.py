@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from bitfront.errors import BitfrontError
@@ -27,3 +28,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room and run the same command" if full else "give a file in a folder that can be written to"
         raise BitfrontError(f"could not write '{path}' ({error.strerror}); {remedy}") from None
+
+
+def clear(folder: Path) -> None:
+    """Remove what processes have left that died while they wrote there."""
+    for left in folder.glob(".*.[0-9]*"):
+        with suppress(OSError):
+            left.unlink()

@@ -3,6 +3,7 @@ ones, and would go on with other numbers."""
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import sys
@@ -26,6 +27,7 @@ def load_saved(path: Path) -> Any:
 
     Raises:
         DamagedError: with the reason.
+        BitfrontError: the machine cannot read it now, whatever is in it.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -33,9 +35,12 @@ def load_saved(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedError(f"'{path}' is damaged, or holds more than tensors, which could run any code") from None
-    except MemoryError:
-        raise DamagedError(f"'{path}' does not fit into the memory") from None
     except Exception as error:  # a file may come from anyone, and readers raise whatever it makes them stumble over
+        seeks = isinstance(error, OSError) and error.errno == errno.EINVAL  # where a damaged file sends them
+        if isinstance(error, (MemoryError, OSError)) and not seeks:
+            raise BitfrontError(
+                f"'{path}' cannot be read ({first_line(error)}); free memory, or see to the disk"
+            ) from None
         raise DamagedError(f"'{path}' cannot be read ({first_line(error)})") from None
 
 
@@ -46,12 +51,13 @@ def resume(path: Path, keys: Set[str]) -> dict[str, Any] | None:
     Args:
         path: of the state.
         keys: that it must have.
+
+    Raises:
+        BitfrontError: the machine cannot read it now; it stays.
     """
     if not path.is_file():
         return None
     try:
-        if not zipfile.is_zipfile(path):
-            raise DamagedError(f"'{path}' was cut off, or is of something else")
         state = load_saved(path)
         if isinstance(state, dict) and keys <= state.keys():
             return state

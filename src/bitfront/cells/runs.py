@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from bitfront.cells.record import FILE, Record, read, text_of
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError, BusyError
-from bitfront.files import write_atomically
+from bitfront.files import clear, write_atomically
 
 PROBE = 0.3  # seconds: who only looks whether a directory is held holds it for an instant
 JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
@@ -91,8 +91,7 @@ class Run:
             raise self._unwritable(error) from None
         try:
             job = f", job {os.environ[JOB]}" if JOB in os.environ else ""
-            for left in self.path.glob(".*"):  # by a process that died while it wrote
-                left.unlink(missing_ok=True)
+            clear(self.path)
             self.write(self.owner, f"process {os.getpid()} on {socket.gethostname()}{job}")
             yield
         finally:
