@@ -450,23 +450,27 @@ def test_a_recogniser_of_ones_own(tmp_path: Path) -> None:
 def test_a_few_recordings_that_do_not_do_are_left_out_with_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = sentences(60)
+    said = sentences(120)
     folder = table(recorded(tmp_path / "speech", said), {**said, "u07": " ", "gone": "ab"})
     soundfile.write(folder / "u08.wav", np.zeros(80), RATE)
     soundfile.write(folder / "u09.wav", np.zeros(RATE // 8), RATE)
+    soundfile.write(folder / "u10.wav", np.array([0.1] * RATE + [np.nan]), RATE, subtype="FLOAT")
     task = built(*AUDIO, f"data={folder}", f"data_root={tmp_path}")
     for split in SPLITS:
         task.dataset(split)
     told = capsys.readouterr().err.splitlines()
-    assert len(task.found["train"]) + len(task.found["valid"]) + len(task.found["test"]) == 58
-    for line, about in zip(
-        told, ("1 of 61 .*gone.wav", "1 of 60 .*u07", "1 of 59 .*u08", "1 of 58 .*u09"), strict=True
-    ):
+    assert len(task.found["train"]) + len(task.found["valid"]) + len(task.found["test"]) == 117
+    wanted = ("1 of 121 .*gone", "1 of 120 .*u07", "1 of 119 .*u10.* holds NaN", "1 of 118 .*u08", "1 of 117 .*u09")
+    for line, about in zip(told, wanted, strict=True):
         assert re.search(about, line), line
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unreadable": (lambda f: (f / "u03.wav").write_bytes(b"no audio"), "could not read "),
+    "unreadable": (lambda f: (f / "u03.wav").write_bytes(b"no audio"), "1 of 20 audio files cannot be read, as could"),
+    "infinite": (
+        lambda f: soundfile.write(f / "u03.wav", np.full(RATE, np.inf), RATE, subtype="FLOAT"),
+        "u03.wav' holds NaN or infinity",
+    ),
     "silent": (
         lambda f: [soundfile.write(p, np.zeros(9), RATE) for p in f.glob("*.wav")],
         "20 of 20 audio files are sho",
@@ -596,7 +600,11 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "more": (lambda f: shutil.copy(f / "2" / "a.wav", f / "2" / "c.wav"), "most songs a, b; move away c"),
     "alone": (lambda f: [path.unlink() for path in f.rglob("b.*")], "songs of a alone; two stems are needed"),
     "length": (lambda f: soundfile.write(f / "2" / "a.wav", np.zeros(900), 2000), "differ in length: a.wav 0.45 s, "),
-    "bad": (lambda f: (f / "2" / "a.wav").write_bytes(b"no audio"), "could not read "),
+    "bad": (lambda f: (f / "2" / "a.wav").write_bytes(b"no audio"), "1 of 6 songs cannot be read, as could not read "),
+    "nan": (
+        lambda f: soundfile.write(f / "2" / "a.wav", np.full(2000, np.nan), 2000, subtype="FLOAT"),
+        "a.wav' holds NaN or infinity",
+    ),
     "twice": (lambda f: soundfile.write(f / "2" / "a.flac", np.zeros(2000), 2000), "are for the same stem"),
     "loose": (lambda f: shutil.copy(f / "2" / "a.wav", f / "a.wav"), "a.wav' is in no song's folder; expected"),
     "loose split": (lambda f: (f / "2").rename(f / "train"), "is in no song's folder; expected"),

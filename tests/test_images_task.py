@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ from bitfront.cells import compose
 from bitfront.cells.cell import Cell
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import Record, read_all
+from bitfront.data import folders
+from bitfront.data.folders import fingerprint
+from bitfront.data.images import fault, opened
 from bitfront.errors import BitfrontError
 from bitfront.tasks.images import OwnImages
 
@@ -258,7 +263,7 @@ def test_mistakes_on_the_command_line(swept: Path, tmp_path: Path, words: tuple[
 @pytest.mark.parametrize(
     ("spoil", "answer"),
     [
-        (lambda folder: (folder / "red" / "00.png").write_bytes(b"no image"), "00.png' is no image"),
+        (lambda folder: (folder / "red" / "00.png").write_bytes(b"no image"), "1 of 15 images cannot be read, as"),
         (lambda folder: (folder / "pink").mkdir(), "pink' holds no file of"),
         (lambda folder: [shutil.rmtree(folder / name) for name in CLASSES[1:]], "has 1 class folders, and two are"),
         (lambda folder: [path.rename(path.with_suffix(".txt")) for path in folder.rglob("*.*")], "holds no file of"),
@@ -277,10 +282,67 @@ def test_missing_data_is_said_before_torch_is_there() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-def test_an_image_that_is_cut_off_is_named_when_it_is_read(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "photos", 3)
-    path = folder / "red" / "00.png"
-    path.write_bytes(path.read_bytes()[:200])
+def spoil_an_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def spoil_a_check(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 255
+    path.write_bytes(content)
+
+
+def huge(path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(path)  # 50 kB
+
+
+def wide(path: Path) -> None:
+    Image.new("F", (20, 20)).save(path.with_suffix(".tif"))
+    path.unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_an_end, spoil_a_check, huge, wide])
+def test_one_bad_image_among_many_is_left_out_with_a_word_before_the_training(
+    spoil: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = pictures(tmp_path / "photos", 20)
+    spoil(folder / "red" / "00.png")
     task = own(folder, tmp_path)
-    with pytest.raises(BitfrontError, match=r"could not read '.*red/00.png'.*or take it out"):
-        [list(task.loader(split)) for split in ("train", "valid", "test")]
+    assert sum(map(len, task.found[1].values())) == 99
+    assert "1 of 100 images cannot be read" in (told := capsys.readouterr().err) and "red/00." in told
+    assert sum(len(batch[1]) for split in ("train", "valid", "test") for batch in task.loader(split)) == 99
+    time.sleep(folders.YOUNG / 1e9)  # until the files may be remembered
+    assert own(folder, tmp_path).found == task.found
+    monkeypatch.setattr("bitfront.tasks.images.fault", lambda path: pytest.fail(f"{path} is read again"))
+    assert own(folder, tmp_path).found == task.found
+    spoil_an_end(next((folder / "red").glob("01.*")))
+    monkeypatch.setattr("bitfront.tasks.images.fault", fault)
+    with pytest.raises(BitfrontError, match=r"2 of 100 images cannot be read.*more than 1%"):
+        _ = own(folder, tmp_path).found
+
+
+def test_what_systems_leave_in_folders_is_no_data(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "photos", 3)
+    found, known = own(folder, tmp_path).found, fingerprint(folder, str(tmp_path))
+    for name in ("__MACOSX/red/._00.png", ".ipynb_checkpoints/a.png", "red/._00.png", "red/Thumbs.db", "@eaDir/a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    assert own(folder, tmp_path).found == found and fingerprint(folder, str(tmp_path)) == known
+
+
+def test_images_have_the_colours_and_the_side_up_that_people_see(tmp_path: Path) -> None:
+    wanted = np.add.outer(np.arange(12) * 16, np.arange(6) * 8).astype(np.uint8)
+    Image.fromarray(wanted.astype(np.uint16) * 256 + 255).save(tmp_path / "deep.png")
+    assert Image.open(tmp_path / "deep.png").mode == "I;16"
+    Image.fromarray(wanted).save(tmp_path / "deep.tif")
+    Image.merge("CMYK", [Image.new("L", (6, 12))] * 3 + [Image.fromarray(255 - wanted)]).save(tmp_path / "print.tif")
+    for name in ("deep.png", "deep.tif", "print.tif"):
+        assert np.array_equal(opened(tmp_path / name), np.stack([wanted] * 3, 2)), name
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera stood on its right side
+    Image.fromarray(np.rot90(wanted)).save(tmp_path / "photo.png", exif=turned)
+    assert np.array_equal(np.asarray(opened(tmp_path / "photo.png", upright=True))[..., 0], wanted)
+    assert np.array_equal(np.asarray(opened(tmp_path / "photo.png"))[..., 0], np.rot90(wanted))

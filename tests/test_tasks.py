@@ -93,8 +93,18 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 
 def test_batches_come_in_equal_parts() -> None:
     parts = list(EpochBatches(11, 8, 0, parts=4))
-    assert [len(part) for part in parts] == [2, 2, 2, 2, 1, 1, 1, 1] and len(EpochBatches(11, 8, 0, parts=4)) == 8
-    assert set(sum(parts, [])) == set(range(11))  # of the last three, one is repeated
+    assert [len(part) for part in parts] == [2] * 8 and len(EpochBatches(11, 8, 0, parts=4)) == 8
+    assert set(sum(parts, [])) == set(range(11))  # beside the last three are the first five
+
+
+def test_no_batch_of_a_training_is_too_small_for_batch_norms() -> None:
+    *whole, last = EpochBatches(9, 4, 0)
+    assert (
+        [len(batch) for batch in whole] == [4, 4] and last[1:] == whole[0][:1] and set(sum(whole, last)) == {*range(9)}
+    )
+    assert [len(batch) for batch in EpochBatches(9, 4, None)] == [4, 4, 1]  # nothing is measured twice
+    assert [len(batch) for batch in EpochBatches(3, 1, 0)] == [1, 1, 1]  # as the user wants it
+    assert [len(batch) for batch in EpochBatches(1, 4, 0)] == [2]
 
 
 def test_processes_share_the_data() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitfront.data.recordings import finite
 from bitfront.data.repitch import repitch
 from bitfront.errors import BitfrontError
 from bitfront.shipped import module
@@ -57,6 +58,7 @@ class Song:
         for path in (self.folder / f"{name}.wav" for name in names):
             try:
                 samples, _ = soundfile.read(path, length, start, dtype="float32", always_2d=True)
+                samples = finite(samples, path, "unpack it again")
             except (OSError, soundfile.SoundFileError) as error:
                 raise BitfrontError(f"could not read '{path}' ({error}); unpack it again") from None
             if len(samples) != (self.length - start if length < 0 else length):

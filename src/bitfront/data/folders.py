@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfront.errors import BitfrontError
+from bitfront.files import write_atomically
 from bitfront.theirs import FOLDER
 
 SPLITS = ("train", "valid", "test")
@@ -21,6 +22,7 @@ NAMES = {
     **{"valid": "valid", "val": "valid", "validation": "valid", "dev": "valid"},
     **{"test": "test", "testing": "test"},
 }
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")  # beginnings of names
 YOUNG = 2e9  # nanoseconds: a file this young may change again without another time, so it is hashed again
 
 
@@ -114,7 +116,8 @@ def _by_split(paths: Any) -> dict[str, Path]:
 
 
 def files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
-    """All files below a folder that are not hidden, in the order of their names; links are followed.
+    """All files below a folder that are not hidden, in the order of their names; links are followed. What systems put
+    into people's folders counts as hidden.
 
     Args:
         folder: of the data.
@@ -131,10 +134,10 @@ def files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
     seen: set[str] = set()
     for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
-        below[:] = [] if real in seen else [name for name in below if not name.startswith(".")]
+        below[:] = [] if real in seen else [name for name in below if not name.startswith(HIDDEN)]
         if real not in seen:
             chosen = (name for name in names if not suffixes or os.path.splitext(name)[1].lower() in suffixes)
-            found += [os.path.join(place, name) for name in chosen if not name.startswith(".")]
+            found += [os.path.join(place, name) for name in chosen if not name.startswith(HIDDEN)]
         seen.add(real)
     return [Path(path) for path in sorted(found) if os.path.isfile(path)]
 
@@ -218,7 +221,7 @@ def _below(folder: Path) -> list[Path]:
     """The folders in a folder that are not hidden, sorted."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
 
 
 def splits(names: Sequence[str], memory: Path, groups: Mapping[str, str] | None = None) -> dict[str, list[str]]:
@@ -270,9 +273,9 @@ def _remembered(
     if chosen.items() - told.items():
         try:
             _write(memory, told | chosen)
-        except OSError as error:
+        except (OSError, BitfrontError) as error:
             raise BitfrontError(
-                f"could not write '{memory}' ({error.strerror}), which remembers the splits; give another place with "
+                f"could not write '{memory}', which remembers the splits ({error}); give another place with "
                 "data_root=<folder>"
             ) from None
     return found
@@ -318,32 +321,69 @@ def fingerprint(path: Path, data_root: str) -> str:
         BitfrontError: there is no file, or one cannot be read.
     """
     path = path.absolute()
-    start = len(str(path)) + 1
-    found = {str(file)[start:]: file for file in ([path] if path.is_file() else files(path))}
+    found = [path] if path.is_file() else files(path)
     if not found:
         raise BitfrontError(f"there is no file in '{path}'")
-    cache = Path(data_root) / ".fingerprints" / f"{_place(path)}.json"
-    try:
-        known = _read(cache)
-    except BitfrontError:
-        known = {}
-    kept, total = {}, hashlib.blake2b(digest_size=8)
-    for name, file in found.items():
+    seen = Seen(path, Path(data_root) / ".fingerprints" / f"{_place(path)}.json")
+    total = hashlib.blake2b(digest_size=8)
+    for file in found:
         try:
-            stat = file.stat()
-            state = [stat.st_size, stat.st_mtime_ns]
-            entry = known.get(name)
-            current = isinstance(entry, list) and len(entry) == 3 and entry[:2] == state
-            digest = entry[2] if current and entry else _content(file)
+            digest = seen.of(file)
+            if digest is None:
+                digest = seen.add(file, _content(file))
+            total.update(json.dumps([seen.name(file).replace(os.sep, "/"), file.stat().st_size, digest]).encode())
         except OSError as error:
             raise BitfrontError(f"could not read '{file}' ({error.strerror})") from None
-        if time.time_ns() - stat.st_mtime_ns > YOUNG:
-            kept[name] = [*state, digest]
-        total.update(json.dumps([name.replace(os.sep, "/"), stat.st_size, digest]).encode())
-    if kept != known:
-        with suppress(OSError):
-            _write(cache, kept)
+    seen.keep()
     return total.hexdigest()
+
+
+class Seen:
+    """What has been found out about the contents of files, which counts while their sizes and times stay.
+
+    Args:
+        folder: that the files are in; or the one file.
+        memory: where it is kept, if that can be written.
+    """
+
+    def __init__(self, folder: Path, memory: Path) -> None:
+        self._start, self._memory = len(str(folder.absolute())) + 1, memory
+        try:
+            self._known = _read(memory)
+        except BitfrontError:
+            self._known = {}
+        self._states: dict[str, list[int]] = {}
+        self._kept: dict[str, list[Any]] = {}
+
+    def name(self, file: Path) -> str:
+        """Of a file, in the folder."""
+        return str(file.absolute())[self._start :]
+
+    def of(self, file: Path) -> Any:
+        """What is known of a file; None for nothing.
+
+        Raises:
+            OSError: the file is not there.
+        """
+        name, stat = self.name(file), file.stat()
+        state, entry = [stat.st_size, stat.st_mtime_ns], self._known.get(name)
+        self._states[name] = state
+        if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != state:
+            return None
+        return self.add(file, entry[2])
+
+    def add(self, file: Path, found: Any) -> Any:
+        """Keep what was found out about a file since it was asked for."""
+        name = self.name(file)
+        if time.time_ns() - self._states[name][1] > YOUNG:
+            self._kept[name] = [*self._states[name], found]
+        return found
+
+    def keep(self) -> None:
+        """Write it down."""
+        if self._kept != self._known:
+            with suppress(OSError, BitfrontError):
+                _write(self._memory, self._kept)
 
 
 def _content(file: Path) -> str:
@@ -373,8 +413,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a json file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=0))
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=0))

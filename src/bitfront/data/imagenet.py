@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitfront.data.images import opened
 from bitfront.errors import BitfrontError
 
 SOURCE = "image-net.org/download, after signing in"
@@ -25,11 +26,13 @@ class Photos:
         files: path and class of each.
         view: makes a tensor ``[channels, height, width]`` of an image.
         mixing: of a batch of images and their labels makes mixtures and ``[batch, classes]`` shares; or None.
+        upright: as of ``images.opened``.
     """
 
     files: list[tuple[str, int]]
     view: Callable[[Any], Tensor]
     mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,7 +43,7 @@ class Photos:
         Raises:
             BitfrontError: an image cannot be read.
         """
-        x = torch.stack([self.view(opened(self.files[i][0])) for i in indices])
+        x = torch.stack([self.view(opened(self.files[i][0], self.upright)) for i in indices])
         y = torch.tensor([self.files[i][1] for i in indices])
         if self.mixing is None:
             return x, y
@@ -65,21 +68,6 @@ def view(
     from timm.data import create_transform
 
     return create_transform(size, is_training=training, color_jitter=0.0, mean=tuple(mean), std=tuple(std), **options)
-
-
-def opened(path: str) -> Any:
-    """An image file in RGB.
-
-    Raises:
-        BitfrontError: it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BitfrontError(f"could not read '{path}': {error}; copy the file again, or take it out") from None
 
 
 def photos(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,24 +101,46 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
         chosen = np.sort(validation) if split == "valid" else np.setdiff1d(chosen, validation)
     try:
         pixels = torch.stack([files[i][0] for i in chosen])
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise BitfrontError(f"could not read the images of '{root}': {error}") from None
     return Images(pixels, labels[torch.from_numpy(chosen)], crop if split == "train" else 0)
 
 
-def check_images(paths: Sequence[Path]) -> None:
-    """Refuse files that are no images, by their beginnings; what is cut off shows only when it is read.
+def opened(path: str | Path, upright: bool = False, draft: bool = False) -> Any:
+    """An image file in RGB, 8 bits a channel.
+
+    Args:
+        path: of the file.
+        upright: turned as its EXIF data say. Networks that learned from ImageNet saw its images as they are stored.
+        draft: for all of the file to be read, but, of a JPEG, only its mean colours computed.
 
     Raises:
-        BitfrontError: naming the first.
+        BitfrontError: it cannot be read, is larger than Pillow allows, or has no range of values that is known.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    for path in paths:
-        try:
-            Image.open(path).close()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BitfrontError(f"'{path}' is no image ({error}); repair it or take it out") from None
+    try:
+        with Image.open(path) as image:
+            if draft:
+                image.draft("RGB", (1, 1))
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits a pixel; save it with 8 or 16")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BitfrontError(f"could not read '{path}': {error}; copy the file again, or take it out") from None
+
+
+def fault(path: Path) -> str:
+    """Why an image file cannot be read to its end; "" if it can."""
+    try:
+        opened(path, upright=True, draft=True)
+    except BitfrontError as error:
+        return str(error)
+    return ""
 
 
 def generated(split: str, classes: int, channels: int, size: int) -> Images:

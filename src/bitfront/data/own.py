@@ -8,7 +8,7 @@ from pathlib import Path
 from bitfront.data.folders import split_folders, split_of
 from bitfront.errors import BitfrontError
 
-RARE = 0.05  # share of the samples that may have a fault
+RARE = 0.01  # share of the samples that may have a fault
 
 
 def by_split(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def few(odd: Sequence[str], total: int, fault: str, then: str = "left out") -> l
     """A note on the samples that have a fault, if there are any.
 
     Args:
-        odd: what they are, for the message.
+        odd: what each is, for the message.
         total: samples.
         fault: as "audio files have no transcript".
         then: what is done with them.
@@ -59,7 +59,7 @@ def few(odd: Sequence[str], total: int, fault: str, then: str = "left out") -> l
     Raises:
         BitfrontError: they are more than a few.
     """
-    about = f"{len(odd)} of {total} {fault}" + (f", as '{odd[0]}'" if odd else "")
+    about = f"{len(odd)} of {total} {fault}" + (f", as {odd[0]}" if odd else "")
     if len(odd) > RARE * total:
         raise BitfrontError(f"{about}; that is more than {RARE:.0%}")
     return [f"{about}; {then}"] if odd else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bitfront.data.speech import InMemory, Source, encode
 from bitfront.errors import BitfrontError
+from bitfront.files import write_atomically
 from bitfront.shipped import module
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -26,21 +26,46 @@ DIGIT_RATE = 8000
 LIBRISPEECH = f"openslr.org/12, or by `{module('fetch')} librispeech`"
 
 
+def decoded(path: Path, remedy: str) -> tuple[np.ndarray, int]:
+    """An audio file, floats ``[samples, channels]``, and its rate in Hz.
+
+    Args:
+        path: of the file.
+        remedy: for messages.
+
+    Raises:
+        BitfrontError: it cannot be read, or holds NaN or infinity.
+    """
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise BitfrontError(f"could not read '{path}' ({error}); {remedy}") from None
+    return finite(samples, path, remedy), rate
+
+
+def finite(samples: np.ndarray, path: Path, remedy: str) -> np.ndarray:
+    """Samples of a file, as they are.
+
+    Raises:
+        BitfrontError: they hold NaN or infinity, as files of floats may.
+    """
+    if not np.isfinite(samples).all():
+        raise BitfrontError(f"'{path}' holds NaN or infinity; {remedy}")
+    return samples
+
+
 def read(path: Path, rate: int) -> Tensor:
     """Samples of an audio file with one channel, float ``[time]``.
 
     Raises:
         BitfrontError: it cannot be read, or is of another kind.
     """
-    import soundfile
-
-    try:
-        samples, found = soundfile.read(path, dtype="float32")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise BitfrontError(f"could not read '{path}' ({error}); unpack the data set again") from None
-    if found != rate or samples.ndim > 1 or not len(samples):
+    samples, found = decoded(path, "unpack the data set again")
+    if found != rate or samples.shape[1] != 1 or not len(samples):
         raise BitfrontError(f"'{path}' has shape {samples.shape} at {found} Hz; expected one channel at {rate} Hz")
-    return torch.from_numpy(samples)
+    return torch.from_numpy(samples[:, 0])
 
 
 @dataclass
@@ -201,9 +226,7 @@ def _lengths(root: Path, paths: list[Path], cache: Path) -> list[int]:
             lengths.append(soundfile.info(path).frames)
         except (OSError, soundfile.LibsndfileError) as error:
             raise BitfrontError(f"could not read '{path}' ({error}); unpack the data set again") from None
-    with suppress(OSError):  # no harm: they are read again
+    with suppress(OSError, BitfrontError):  # no harm: they are read again
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(lengths))
-        os.replace(temporary, kept)
+        write_atomically(kept, json.dumps(lengths))
     return lengths

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from bitfront.data.audio import MIXTURE, Form, Song
+from bitfront.data.checked import faults
 from bitfront.data.folders import completed, files, split_folders
-from bitfront.data.own import by_split
-from bitfront.data.transcribed import resampler
+from bitfront.data.own import by_split, few
+from bitfront.data.recordings import finite
+from bitfront.data.transcribed import REMEDY, fault, resampler
 from bitfront.errors import BitfrontError
 
 AUDIO = (".wav", ".flac")
@@ -59,7 +61,7 @@ class Stems(Song):
                 wav = file.read((-(-end // new) + margin - first) * old, "float32", always_2d=True)
         except (OSError, soundfile.SoundFileError) as error:
             raise BitfrontError(f"could not read '{path}' ({error}); repair it or take the song out") from None
-        part = mixed(torch.from_numpy(wav.T), self.form.channels)
+        part = mixed(torch.from_numpy(finite(wav, path, REMEDY).T), self.form.channels)
         if margin:
             part = resampler(rate, wanted)(part)
         part = part[:, start - first * new : end - first * new]
@@ -86,7 +88,8 @@ def stems(folder: Path, memory: Path, samplerate: int, channels: int) -> tuple[d
         The songs in the order of their names, their form with all files but the mixture as sources, and notes.
 
     Raises:
-        BitfrontError: there are no songs, one has other files than most, or one cannot be read or brought to the form.
+        BitfrontError: there are no songs, one has other files than most, more than a few cannot be read, or one cannot
+            be brought to the form.
     """
     found = _files(folder)
     usual = Counter(frozenset(paths) - {MIXTURE} for paths in found.values()).most_common(1)[0][0]
@@ -100,13 +103,14 @@ def stems(folder: Path, memory: Path, samplerate: int, channels: int) -> tuple[d
         raise BitfrontError(
             f"'{folder}' has songs of {', '.join(usual)} alone; two stems are needed beside a {MIXTURE}"
         )
+    found, notes = _readable(found, folder, memory)
     info = _info(found[min(found)][min(usual)])
     form = Form(sorted(usual), samplerate or info.samplerate, channels or info.channels)
     if form.channels not in (1, 2):
         raise BitfrontError(f"'{folder}' has songs of {form.channels} channels; give task.audio_channels=1 or 2")
     songs = {name: Stems(folder / name, _length(paths, form), paths, form) for name, paths in found.items()}
     parts = completed(by_split(folder, songs), memory)
-    notes = [*_brought(list(songs.values())), *_unlike(list(songs.values()))]
+    notes += [*_brought(list(songs.values())), *_unlike(list(songs.values()))]
     return {split: [songs[name] for name in part] for split, part in parts.items()}, form, notes
 
 
@@ -126,6 +130,17 @@ def _files(folder: Path) -> dict[str, dict[str, Path]]:
     if not found:
         raise BitfrontError(f"there are no songs in '{folder}'; {layout}")
     return found
+
+
+def _readable(
+    found: dict[str, dict[str, Path]], folder: Path, memory: Path
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """The songs of which all files can be read, and a note on the others, if there are any."""
+    bad = faults([path for paths in found.values() for path in paths.values()], fault, folder, memory)
+    odd = {name: bad[path] for name, paths in found.items() for path in paths.values() if path in bad}
+    return {name: found[name] for name in found if name not in odd}, few(
+        [*odd.values()], len(found), "songs cannot be read"
+    )
 
 
 def _info(path: Path) -> Any:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfront.data.checked import faults
 from bitfront.data.folders import completed, files
 from bitfront.data.own import by_split, few, utf8
-from bitfront.data.recordings import Files
+from bitfront.data.recordings import Files, decoded, finite
 from bitfront.data.speech import Alphabet
 from bitfront.errors import BitfrontError
 
@@ -29,6 +30,9 @@ TABLES, LIBRISPEECH = ("transcripts", "metadata"), ".trans.txt"
 FILE = ("file", "file_name", "filename", "name", "path", "audio", "id")  # of a table's columns
 TEXT = ("text", "transcript", "transcription", "sentence")
 SHORTEST = 0.1  # seconds
+BLOCK = 1 << 20  # samples that are looked at together
+WHOLE = 0.99  # of the samples that a file's header tells of, which is a guess in some formats
+REMEDY = "repair it or take it out"
 BLANK, OTHER = "\0", "\N{REPLACEMENT CHARACTER}"
 LAYOUTS = (
     "transcripts.csv or .tsv (metadata.csv) with the columns file and text, <name>.txt beside <name>.wav, or "
@@ -75,16 +79,25 @@ def mono(path: Path, rate: int) -> Tensor:
     Raises:
         BitfrontError: it cannot be read, or is too short.
     """
+    samples, own = decoded(path, REMEDY)
+    mixed = torch.from_numpy(samples).mean(1)
+    if len(mixed) < SHORTEST / 2 * own:
+        raise BitfrontError(f"'{path}' ends early; {REMEDY}")
+    return mixed if own == rate else resampler(own, rate)(mixed)
+
+
+def fault(path: Path) -> str:
+    """Why an audio file cannot be read to its end; "" if it can."""
     import soundfile
 
     try:
-        samples, own = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            read = sum(len(finite(part, path, REMEDY)) for part in file.blocks(BLOCK, dtype="float32"))
+            return "" if read >= WHOLE * file.frames else f"'{path}' ends early, at sample {read}; {REMEDY}"
     except (OSError, soundfile.LibsndfileError) as error:
-        raise BitfrontError(f"could not read '{path}' ({error}); repair it or take it out") from None
-    mixed = torch.from_numpy(samples).mean(1)
-    if len(mixed) < SHORTEST / 2 * own:
-        raise BitfrontError(f"'{path}' ends early; repair it or take it out")
-    return mixed if own == rate else resampler(own, rate)(mixed)
+        return f"could not read '{path}' ({error}); {REMEDY}"
+    except BitfrontError as error:
+        return str(error)
 
 
 @functools.cache
@@ -122,12 +135,15 @@ def transcribed(folder: Path, memory: Path, rate: int, lower: bool) -> tuple[dic
     said, gone = _transcripts(folder, audio)
     if not said:
         raise BitfrontError(f"'{folder}' has {len(audio)} audio files and no transcripts of them; expected {LAYOUTS}")
-    notes = few(gone, len(said) + len(gone), "transcripts are of audio that is not there")
+    notes = few([f"'{name}'" for name in gone], len(said) + len(gone), "transcripts are of audio that is not there")
     texts = {path: normalized(text, lower) for path, text in said.items()}
-    notes += few([str(p) for p in audio if not texts.get(p)], len(audio), "audio files have no transcript")
-    lengths = {path: _length(path, rate) for path in audio if texts.get(path)}
+    notes += few([f"'{p}'" for p in audio if not texts.get(p)], len(audio), "audio files have no transcript")
+    told = [path for path in audio if texts.get(path)]
+    bad = faults(told, fault, folder, memory)
+    notes += few([*bad.values()], len(told), "audio files cannot be read")
+    lengths = {path: _length(path, rate) for path in told if path not in bad}
     short = [path for path, length in lengths.items() if length < SHORTEST * rate]
-    notes += few([*map(str, short)], len(lengths), f"audio files are shorter than {SHORTEST} s")
+    notes += few([f"'{p}'" for p in short], len(lengths), f"audio files are shorter than {SHORTEST} s")
     names = {path.relative_to(folder).as_posix(): path for path in lengths if path not in short}
     parts = completed(by_split(folder, names), memory)
     found = {split: [names[name] for name in part] for split, part in parts.items()}
@@ -150,10 +166,7 @@ def _length(path: Path, rate: int) -> int:
     """Samples, at some rate."""
     import soundfile
 
-    try:
-        info = soundfile.info(path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise BitfrontError(f"could not read '{path}' ({error}); repair it or take it out") from None
+    info = soundfile.info(path)
     return math.ceil(info.frames * rate / info.samplerate)
 
 

@@ -30,7 +30,7 @@ def photos(paths: Sequence[Path], view: Callable[[Any], Tensor], batch_size: int
     Raises:
         BitfrontError: an image cannot be read.
     """
-    images = Photos([(str(path), 0) for path in shuffled(paths)], view)
+    images = Photos([(str(path), 0) for path in shuffled(paths)], view, upright=True)
     for start in range(0, len(images), batch_size):
         yield images[list(range(start, min(start + batch_size, len(images))))][0]
 

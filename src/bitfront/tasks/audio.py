@@ -54,7 +54,7 @@ class OwnSpeech(Recogniser):
         step = STRIDE if self.network == OURS else 1  # of another network's frames, none may be left out
         brief = [path for path, length, text in pairs if -(-length * FRAMES // self.rate // step) < needed(text)]
         fault = f"utterances have fewer frames ({1000 * step // FRAMES} ms each) than their text needs"
-        notes += few([*map(str, brief)], len(pairs), fault, "they teach nothing, but are tested")
+        notes += few([f"'{path}'" for path in brief], len(pairs), fault, "they teach nothing, but are tested")
         known = learned(found["train"].texts).labels
         if unknown := sorted({c for s in found.values() for text in s.texts for c in text} - set(known)):
             notes.append(f"characters that only valid and test have count as errors: {' '.join(unknown)}")

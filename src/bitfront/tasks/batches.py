@@ -20,7 +20,8 @@ class EpochBatches(Sampler[list[int]]):
         seed: shuffles, and repeats a few indices so that all processes have full batches; None keeps the order, and
             every index is drawn once.
         rank, world: number of this process, and of all.
-        parts: that each batch comes in, of equal size but for one sample; a batch that is too small repeats some.
+        parts: that each batch comes in, of equal size but for one sample. To a last batch that is too small for them,
+            or, in training, for two samples in each, which batch norms need, the epoch's first samples are added.
         repeats: of each index, spread over the processes; the epoch ends after ``n`` draws.
         lengths: of the samples: those of a batch are then alike in length, over all processes.
     """
@@ -71,8 +72,10 @@ class EpochBatches(Sampler[list[int]]):
         return np.concatenate([rng.permutation(order[:full].reshape(-1, size)).ravel(), order[full:]])
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in BatchSampler(self.indices(), self.batch_size, drop_last=False):
-            whole = np.resize(batch, max(len(batch), self.parts))
+        order = self.indices()
+        least = self.parts if self.seed is None else min(2 * self.parts, self.batch_size)
+        for batch in BatchSampler(order, self.batch_size, drop_last=False):
+            whole = batch if len(batch) >= least else np.resize([*batch, *order], least)
             yield from (part.tolist() for part in np.array_split(whole, self.parts))
 
     def __len__(self) -> int:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.data import folders
+from bitfront.data.checked import faults
 from bitfront.data.imagenet import Photos, view
-from bitfront.data.images import SUFFIXES, check_images, generated
+from bitfront.data.images import SUFFIXES, fault, generated
+from bitfront.data.own import few
 from bitfront.errors import BitfrontError
 from bitfront.models import named
 from bitfront.models.images import NETWORKS
 from bitfront.ranges import Ranges
+from bitfront.tasks.notes import say
 from bitfront.tasks.vision import Classifier
 
 GENERATED = 10  # classes, of data=generated
@@ -68,9 +71,13 @@ class OwnImages(Classifier):
     def found(self) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
         """The classes, and the files of each split with the numbers of their classes."""
         folder = folders.find(self.data, self.data_root)
-        classes, files = folders.labelled(folder, SUFFIXES, folders.memory(self.data_root, folder, "images"))
-        check_images([path for part in files.values() for path, _ in part])
-        return classes, files
+        memory = folders.memory(self.data_root, folder, "images")
+        classes, files = folders.labelled(folder, SUFFIXES, memory)
+        paths = [path for part in files.values() for path, _ in part]
+        bad = faults(paths, fault, folder, memory)
+        for note in few([*bad.values()], len(paths), "images cannot be read"):
+            say(f"{self.data}: {note}")
+        return classes, {split: [file for file in part if file[0] not in bad] for split, part in files.items()}
 
     def outputs(self) -> int:
         return GENERATED if self.data == "generated" else len(self.found[0])
@@ -97,7 +104,8 @@ class OwnImages(Classifier):
     def dataset(self, split: str) -> Any:
         if self.data == "generated":
             return generated(split, GENERATED, 3, self.image_size)
-        return Photos([(str(path), label) for path, label in self.found[1][split]], self._view(split == "train"))
+        files = [(str(path), label) for path, label in self.found[1][split]]
+        return Photos(files, self._view(split == "train"), upright=True)
 
     def undisturbed(self, dataset: Any) -> Any:
         return replace(dataset, view=self._view(False)) if isinstance(dataset, Photos) else dataset
