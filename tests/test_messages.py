@@ -76,7 +76,7 @@ def test_the_first_mistake_is_named_first_and_before_torch() -> None:
         ("quant=decoupleq bits=9", "bits is 1..8, got 9"),
         ("quant=rtn bits=16", "bits is 1..15, got 16"),
         ("quant=rtn quant.target=all", "choices: network, block"),
-        ("quant=diffq penalty=-1", "penalty is not negative"),
+        ("quant=diffq penalty=-1", "penalty is in [0, 1e6]"),
         ("quant=gptq quant.held_out=1.0", "quant.held_out is in [0, 1), got 1"),
         ("train.epochs=-1", "train.epochs is not negative"),
         ("train.ema=1.0", "train.ema is in [0, 1)"),

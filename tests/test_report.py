@@ -447,6 +447,15 @@ def test_mistakes(words: tuple[str, ...], answer: str) -> None:
     assert result.returncode != 0 and answer in result.stderr and "Traceback" not in result.stderr
 
 
+def test_files_are_written_though_nobody_reads_the_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "src.report", str(RECORDS), "task=vit", "method=rtn", f"out={tmp_path}"]
+    reader = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert reader.stdout is not None
+    reader.stdout.close()
+    assert reader.wait(100) == 0 and reader.stderr is not None and not reader.stderr.read()
+    assert (tmp_path / "report.html").exists()
+
+
 def test_tables_come_before_anything_that_draws_is_imported() -> None:
     late = {"torch", "matplotlib", "numpy", "pandas", "jinja2"}
     code = f"import sys, bitfront.commands.report; sys.exit(bool({late} & set(sys.modules)))"

@@ -140,7 +140,8 @@ def check_type(key: str, default: Any, value: Any) -> None:
         BitfrontError: with the type, or the choices.
     """
     if key == "quant.layers":
-        if not (value is None or (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()))):
+        pairs = value.items() if isinstance(value, dict) else [(value, value)] if value is not None else []
+        if not all(isinstance(name, (str, QuotedString)) and isinstance(some, dict) for name, some in pairs):
             raise BitfrontError(f"{key} takes a mapping like {{head.*: {{bits: 8}}}}, got '{value}'")
         return
     if default is None:
@@ -159,6 +160,8 @@ def check_type(key: str, default: Any, value: Any) -> None:
     if not fits:
         wanted = TYPES.get(type(default), "no value; set one of its keys")
         raise BitfrontError(f"{key} takes {wanted}, got '{value}'")
+    for element in value if isinstance(value, list) else ():
+        check_type(f"each in {key}", default[0] if default else "", element)
     if key in CHOICES and str(value) not in CHOICES[key]:
         raise BitfrontError(f"there is no {key}={value}; choices: {', '.join(CHOICES[key])}")
 

@@ -48,10 +48,10 @@ class Method:
     penalty: float = field(default=0.0, init=False)
     per_layer: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[Ranges] = {
-        "min_size": "[0, inf)",
+        "min_size": "[0, 1e6]",
         "max_size": "[0, inf)",
         "raw_dtype": ("float32", "float16", "bfloat16"),
-        "penalty": "[0, inf)",
+        "penalty": "[0, 1e6]",
     }  # subclasses have those that they add
 
     def __post_init__(self) -> None:
