@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitfront.data import folders
-from bitfront.data.folders import completed, fingerprint, labelled, split_files, split_folders, splits
+from bitfront.data.folders import completed, fingerprint, labelled, outline, split_files, split_folders, splits
 from bitfront.errors import BitfrontError
 
 NAMES = [f"{label}/{i}.png" for label, n in (("a", 31), ("b", 10), ("c", 3), ("d", 2)) for i in range(n)]
@@ -171,6 +171,21 @@ def test_contents_are_read_once(tree: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(read) == 12 and fingerprint(tree, str(tmp_path)) == first and len(read) == 13
     (tmp_path / "file").write_text("")  # where nothing can be kept, all are read
     assert fingerprint(tree, str(tmp_path / "file")) == first and len(read) == 25
+
+
+def test_an_outline_sees_names_sizes_and_beginnings(tree: Path) -> None:
+    known = outline(tree)
+    (tree / ".hidden").write_text("x")
+    assert outline(tree) == known
+    file = next(path for path in sorted(tree.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    content = file.read_bytes()
+    for changed in (content + b"x", b"x" + content[1:]):
+        file.write_bytes(changed)
+        assert outline(tree) != known
+    file.write_bytes(content)
+    assert outline(tree) == known
+    file.rename(file.with_name("another"))
+    assert outline(tree) != known
 
 
 def test_what_cannot_be_identified_is_said(tmp_path: Path) -> None:

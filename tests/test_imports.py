@@ -21,7 +21,7 @@ MAY = {  # what each floor may import, besides itself
     "quant": {"errors", "ranges", "progress", "files", "saved"},
     "exports": {"quant", "errors", "progress", "files"},
     "models": {"errors", "theirs", "downloads"},
-    "data": {"errors", "shipped", "progress", "theirs", "downloads"},
+    "data": {"errors", "shipped", "progress", "theirs", "downloads", "files"},
     "tasks": {"data", "models", "errors", "processes", "progress", "ranges"},
     "cells": {"tasks", "models", "quant", "exports", "library", "data", *BASE},
     "sweeps": {"cells", *BASE},

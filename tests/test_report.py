@@ -149,6 +149,13 @@ def test_what_all_rows_of_a_task_share_is_said_once() -> None:
     assert single.own_setting == common and "all with" not in markdown([single])
 
 
+def test_runs_on_other_data_of_the_same_name_are_named() -> None:
+    made = [fake(name, 10, 1.0, environment={"dirty": False, "data": "a1"}) for name in "ab"]
+    assert "other data" not in markdown(rows([*made, fake("old", 10, 1.0)]))
+    changed = fake("c", 10, 1.0, setting="bits=2", environment={"dirty": False, "data": "b2"})
+    assert "on other data than most: c bits=2\n" in markdown(rows([*made, changed])) + "\n"
+
+
 def test_lower_can_be_better() -> None:
     table = rows([fake("a", 10, 0, **low(5.0)), fake("b", 20, 0, **low(5.0))])
     assert [r.best for r in table] == [True, False]

@@ -27,7 +27,7 @@ from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit, meet
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
-from bitfront.data.folders import unsplit
+from bitfront.data.folders import outline, unsplit
 from bitfront.downloads import sha256
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank
@@ -115,7 +115,7 @@ def execute(config: Config, words: list[str], origin: Origin | None, run: Run) -
         overrides=words,
         config=config.values,
         init_sha256=origin.sha256 if origin else None,
-        environment=environment(),
+        environment=environment() | _data(config.values),
     )
     try:
         record = _run(config, origin, run, head)
@@ -133,6 +133,12 @@ def execute(config: Config, words: list[str], origin: Origin | None, run: Run) -
     if finished is None:
         raise BitfrontError("only process 0 writes results; run this cell in one process")
     return finished
+
+
+def _data(values: dict[str, Any]) -> dict[str, str]:
+    """What tells the data from others in their place, where the configuration does not."""
+    place = Path(values["data_root"]) / str(values["task"].get("data"))
+    return {} if FINGERPRINT in values["task"] or not place.is_dir() else {"data": outline(place)}
 
 
 def _run(config: Config, origin: Origin | None, run: Run, head: Head) -> Record | None:

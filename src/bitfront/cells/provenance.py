@@ -1,4 +1,4 @@
-"""What a run was made with: code revision, versions, machine, memory."""
+"""What a run was made with: code revision, versions, machine, threads, memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bitfront.shipped import PACKAGE, shipped
 
@@ -31,6 +33,7 @@ def environment(package: Path = PACKAGE, conf: Path | None = None) -> dict[str, 
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        "threads": torch.get_num_threads(),  # the last digits of sums depend on them
     }
 
 

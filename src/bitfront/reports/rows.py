@@ -161,6 +161,11 @@ class Row:
         return any(r.environment["dirty"] for r in self.records)
 
     @cached_property
+    def data(self) -> set[str]:
+        """What tells the data of its runs from others of the same name, see ``folders.outline``."""
+        return {str(r.environment["data"]) for r in self.records if "data" in r.environment}
+
+    @cached_property
     def runs(self) -> list[str]:
         """Ids, by seed."""
         return [r.id for r in self.records]

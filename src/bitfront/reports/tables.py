@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,9 @@ def notes(table: Sequence[Row], brief: bool = False) -> list[str]:
     differ = any(p.differs for row in table for p in (row.paper, row.paper_file) if p)
     marks += ["≠ of another network, or with quantized activations"] * differ
     marks += ["! with code that git does not have"] * any(row.dirty for row in table)
+    data = Counter(outline for row in table for outline in row.data).most_common()
+    other = [f"{row.method} {row.setting}".strip() for row in table if row.data - {outline for outline, _ in data[:1]}]
+    marks += [f"runs of these rows were on other data than most: {'; '.join(other)}"] * bool(other)
     marks += ["Δ start: less the metric of the network that a run starts from"] * (
         not brief and any(row.changes for row in table)
     )
