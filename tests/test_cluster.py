@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY, cli, elsewhere, written
 from joblib.externals.loky import get_reusable_executor
 
+from bitfront import processes
 from bitfront.cells.cell import Cell
 from bitfront.cells.record import read_all
 from bitfront.cells.runs import Run
@@ -122,3 +123,18 @@ def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -
     assert running.wait(timeout=200) == 0
     record = run.finished()
     assert record and record.processes == 2
+
+
+def test_numbers_of_processes_that_are_not_the_cells_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_devices", 1)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", *processes.COUNTED):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SLURM_PROCID", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+        assert processes.rank() == 0 and not processes.several(), name
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # as torchrun does
+    assert processes.rank() == 3 and processes.several()
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    processes.expect(4)  # each started by srun
+    assert processes.rank() == 3 and processes.several()

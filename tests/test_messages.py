@@ -270,6 +270,7 @@ start({command!r})
     [
         ("run", ["task=vit", "quant=float", "root={}"], "torch._C", "SIGINT", 130),
         ("run", ["-m", "task=vit", "quant=float", "root={}"], "hydra.core.plugins", "SIGTERM", 143),
+        ("run", ["task=vit", "quant=float", "root={}"], "omegaconf", "SIGUSR1", 138),
         ("report", ["results/records", "out={}"], "pandas", "SIGINT", 130),
     ],
 )
@@ -284,7 +285,7 @@ def test_an_interrupt_during_imports(
     assert done.stderr == "interrupted; the same command goes on from the beginning\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_an_interrupt_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
 ) -> None:

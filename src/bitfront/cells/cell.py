@@ -5,7 +5,6 @@ torch is imported only once there is something to do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from bitfront.cells.runs import Origin, Run
 from bitfront.console import CONSOLE
 from bitfront.downloads import sha256
 from bitfront.errors import BitfrontError
-from bitfront.processes import rank
+from bitfront.processes import expect, launched, rank
 
 # with the float cell that one starts from
 SHARED = ("task", "seed", "smoke", "root", "data_root", "offload", "wandb", "trainer")
@@ -92,6 +91,7 @@ class Cell:
             BitfrontError: with what the user can do.
         """
         self._begin()
+        expect(self.config.values["trainer"]["devices"])
         run = self.run()
         assert run is not None
         if finished := run.finished():
@@ -114,7 +114,7 @@ class Cell:
         if self.start is None or self.start.record():
             return
         command = compose.command(self.start.words)
-        if "RANK" in os.environ:
+        if launched():
             raise BitfrontError(f"under torchrun, first run the start by itself: {command}")
         from bitfront.cells.flow import build_method, build_task
 

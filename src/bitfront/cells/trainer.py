@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import warnings
 from datetime import timedelta
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
+from bitfront.processes import several
 from bitfront.progress import Bar
 from bitfront.saved import resume
 
@@ -85,18 +85,13 @@ def check_trainer(trainer: dict[str, Any], device: torch.device) -> None:
         raise BitfrontError("trainer.precision=16-mixed is for GPUs; choose bf16-mixed or 32-true here")
 
 
-def several(trainer: dict[str, Any]) -> bool:
-    """Whether a cell is of several processes."""
-    return trainer["devices"] > 1 or "WORLD_SIZE" in os.environ
-
-
 def meet(trainer: dict[str, Any]) -> None:
     """Where a cell is of several processes, start those that no launcher has started, and wait for all.
 
     Args:
         trainer: as in ``fit``.
     """
-    if several(trainer):
+    if several():
         quiet()
         own = {"accelerator": accelerator(trainer["accelerator"]), "devices": trainer["devices"]}
         Fabric(**own, strategy=Processes(timeout=WAIT)).launch()
@@ -116,7 +111,7 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
     checkpoint = training.checkpoint if resume(training.checkpoint, CHECKPOINT) else None
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},
-        strategy=DDPStrategy(timeout=WAIT) if several(trainer) else "auto",
+        strategy=DDPStrategy(timeout=WAIT) if several() else "auto",
         max_epochs=training.recipe.epochs,
         gradient_clip_val=training.recipe.clip or None,
         logger=False,

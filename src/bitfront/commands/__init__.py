@@ -15,6 +15,7 @@ from bitfront.errors import BitfrontError
 from bitfront.processes import rank
 
 FLAG = "--config-dir"
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers; SLURM warns with the second, by --signal=USR1@<seconds>
 COMMANDS = ("run", "quantize", "evaluate", "export", "report", "dashboard", "fetch")
 
 
@@ -55,7 +56,7 @@ def _run(name: str, words: Sequence[str]) -> None:
 
 @contextmanager
 def _terminable(received: list[signal.Signals]) -> Iterator[None]:
-    """Have SIGTERM, which else ends a process without a word, do what Ctrl-C does; note it."""
+    """Have ``STOPS``, which else end a process without a word, do what Ctrl-C does; note which came."""
 
     def stop(number: int, _: Any) -> None:
         received.append(signal.Signals(number))
@@ -64,11 +65,12 @@ def _terminable(received: list[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _clear() -> None:
