@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -165,6 +166,14 @@ def test_a_failure_inside_wandb_is_a_warning(cell: tuple[Record, Path], tmp_path
     with pytest.warns(UserWarning, match="goes on without it"):
         run.finish(replace(cell[0], artifact=str(tmp_path / "missing")))
     run.close()
+
+
+def test_networks_of_many_tensors_have_their_artifact(cell: tuple[Record, Path], tmp_path: Path) -> None:
+    run = tracker("offline", tmp_path, "many")
+    run.finish(replace(cell[0], widths={f"layer{n}.weight": [0, 0, 10] for n in range(200)}))
+    run.close()
+    (artifact,) = wandb_run(tmp_path)["lines"]["artifact"]
+    assert json.loads(artifact["metadata"])["size/file"] == cell[0].sizes.file
 
 
 def sweep_values(draw: str) -> dict[str, Any]:

@@ -133,7 +133,9 @@ class Tracker:
 
             numbers = summary(record)
             self.run.summary.update(numbers | _histograms(record.widths))
-            packed = wandb.Artifact(f"model-{self.run.id}", type="model", metadata=numbers)
+            # W&B takes 100 at most, and networks have more tensors.
+            whole = {name: value for name, value in numbers.items() if not name.startswith("mean_bits/")}
+            packed = wandb.Artifact(f"model-{self.run.id}", type="model", metadata=whole)
             packed.add_file(record.artifact, policy="immutable", skip_cache=True)  # where it is, not a copy in the home
             self.run.log_artifact(packed)
 
