@@ -82,6 +82,12 @@ def test_the_reader_refuses_what_is_damaged_or_newer(tmp_path: Path) -> None:
     (tmp_path / "damaged").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         load(tmp_path / "damaged")
+    edited = (tmp_path / "net").read_bytes().replace(b'\\"note\\"', b'\\"Note\\"')
+    (tmp_path / "edited").write_bytes(edited)
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "edited")
+    (tmp_path / "older").write_bytes(edited.replace(b"own_crc32", b"own_crc00"))  # has none
+    assert load(tmp_path / "older").keys() == load(tmp_path / "net").keys()
     newer = (tmp_path / "net").read_bytes().replace(b'\\"version\\":3', b'\\"version\\":9')
     (tmp_path / "newer").write_bytes(newer)
     with pytest.raises(ValueError, match="newer"):

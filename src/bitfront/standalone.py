@@ -43,7 +43,8 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
         data = file.read()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
-    header = json.loads(entries.pop("__metadata__")["bitfront"])
+    text = entries.pop("__metadata__")["bitfront"]
+    header = json.loads(text)
     if header["version"] > 4:
         raise ValueError(f"format {header['version']} is newer than this program")
     state, checksum = {}, 0
@@ -57,7 +58,9 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
             kind, shape = TYPES[entries[name]["dtype"]], entries[name]["shape"]
             values = torch.from_numpy(content.copy()).view(kind) if content.size else torch.empty(0, dtype=kind)
             state[name] = values.reshape(shape)
-    if checksum != header["crc32"]:
+    lines = [f"{name} {TYPES[entry['dtype']]} {entry['shape']}" for name, entry in sorted(entries.items())]
+    own = zlib.crc32("\n".join([text.rpartition(',"own_crc32":')[0], *lines]).encode())
+    if checksum != header["crc32"] or own != header.get("own_crc32", own):  # older files have the first alone
         raise ValueError(f"'{path}' is damaged")
     for kind, names in header.get("narrow", {}).items():  # of what is float32 in the network; [] means all of it
         for name in names or [name for name, t in state.items() if t.dtype == getattr(torch, kind)]:
