@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -335,6 +336,21 @@ def test_a_directory_is_held_as_long_as_its_process_says(root: Path, monkeypatch
         with pytest.raises(BusyError, match=f"process {os.getpid()} on .*, job 17"), Run(path).locked(wait=False):
             pass
     assert not Run(path).held() and Run(path).finished()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run = Run(tmp_path / "run")
+    with run.locked(wait=False):
+        pass
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(BitfrontError, match="has no locks"), run.locked(wait=False):
+        raise AssertionError
+    with pytest.raises(BitfrontError, match="has no locks"):
+        run.held()
 
 
 def test_ray(root: Path) -> None:

@@ -6,6 +6,7 @@ an interrupted run left.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ from bitfront.errors import BitfrontError, BusyError
 from bitfront.files import clear, write_atomically
 
 PROBE = 0.3  # seconds: who only looks whether a directory is held holds it for an instant
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 JOB = "BITFRONT_JOB"  # the cluster's name of this process's job
 
 
@@ -133,6 +135,11 @@ class Run:
         return self.owner.read_text() if self.owner.is_file() else ""
 
     def _unwritable(self, error: OSError) -> BitfrontError:
+        if error.errno in LOCKLESS:
+            return BitfrontError(
+                f"the file system of '{self.path}' has no locks (flock), by which two processes know that they are on "
+                "the same cell; choose a root=<folder> on another, as the machine's own disk or NFS 4"
+            )
         return BitfrontError(
             f"cannot write to '{self.path}' ({error.strerror}); make room or choose another root=<folder>"
         )
