@@ -12,7 +12,7 @@ from bitfront.progress import Bar
 
 
 def faults(paths: Sequence[Path], fault: Callable[[Path], str], folder: Path, memory: Path) -> dict[Path, str]:
-    """Of the files that are not as they should be, why.
+    """Of the files that are not as they should be, their names and why, for a message.
 
     Args:
         paths: of the files.
@@ -29,4 +29,4 @@ def faults(paths: Sequence[Path], fault: Callable[[Path], str], folder: Path, me
             found |= {path: seen.add(path, why) for path, why in zip(new, told, strict=True)}
     finally:
         seen.keep()
-    return {path: why for path, why in found.items() if why}
+    return {path: f"'{path}' ({why})" for path, why in found.items() if why}

@@ -106,41 +106,45 @@ def class_folders(root: Path, split: str, classes: int, crop: int) -> Images:
     return Images(pixels, labels[torch.from_numpy(chosen)], crop if split == "train" else 0)
 
 
-def opened(path: str | Path, upright: bool = False, draft: bool = False) -> Any:
+def opened(path: str | Path, upright: bool = False) -> Any:
     """An image file in RGB, 8 bits a channel.
 
     Args:
         path: of the file.
         upright: turned as its EXIF data say. Networks that learned from ImageNet saw its images as they are stored.
-        draft: for all of the file to be read, but, of a JPEG, only its mean colours computed.
 
     Raises:
         BitfrontError: it cannot be read, is larger than Pillow allows, or has no range of values that is known.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as image:
-            if draft:
-                image.draft("RGB", (1, 1))
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if image.mode in ("I", "F"):
-                raise ValueError("it has 32 bits a pixel; save it with 8 or 16")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return _rgb(path, upright, draft=False)
+    except Exception as error:  # of what is broken, Pillow's readers raise anything
         raise BitfrontError(f"could not read '{path}': {error}; copy the file again, or take it out") from None
 
 
 def fault(path: Path) -> str:
     """Why an image file cannot be read to its end; "" if it can."""
     try:
-        opened(path, upright=True, draft=True)
-    except BitfrontError as error:
-        return str(error)
+        _rgb(path, upright=True, draft=True)
+    except Exception as error:  # likewise
+        return str(error) or type(error).__name__
     return ""
+
+
+def _rgb(path: str | Path, upright: bool, draft: bool) -> Any:
+    """As a draft, all of the file is read, but, of a JPEG, only a small image computed."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        if draft:
+            image.draft("RGB", (1, 1))
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("it has 32 bits a pixel; save it with 8 or 16")
+        return image.convert("RGB")
 
 
 def generated(split: str, classes: int, channels: int, size: int) -> Images:

@@ -15,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitfront.data.checked import faults
 from bitfront.data.folders import completed, files
 from bitfront.data.own import by_split, few, utf8
-from bitfront.data.recordings import Files, decoded, finite
+from bitfront.data.recordings import Files, decoded
 from bitfront.data.speech import Alphabet
 from bitfront.errors import BitfrontError
 
@@ -90,13 +91,15 @@ def fault(path: Path) -> str:
     """Why an audio file cannot be read to its end; "" if it can."""
     import soundfile
 
+    read = 0
     try:
         with soundfile.SoundFile(path) as file:
-            read = sum(len(finite(part, path, REMEDY)) for part in file.blocks(BLOCK, dtype="float32"))
-            return "" if read >= WHOLE * file.frames else f"'{path}' ends early, at sample {read}; {REMEDY}"
+            for part in file.blocks(BLOCK, dtype="float32"):
+                if not np.isfinite(part).all():
+                    return "NaN or infinity"
+                read += len(part)
+            return "" if read >= WHOLE * file.frames else f"it ends at sample {read} of {file.frames}"
     except (OSError, soundfile.LibsndfileError) as error:
-        return f"could not read '{path}' ({error}); {REMEDY}"
-    except BitfrontError as error:
         return str(error)
 
 
