@@ -156,6 +156,18 @@ def test_runs_on_other_data_of_the_same_name_are_named() -> None:
     assert "on other data than most: c bits=2\n" in markdown(rows([*made, changed])) + "\n"
 
 
+def test_a_run_says_when_its_widths_had_no_choice() -> None:
+    config = fake("diffq", 1000, 1.0).config
+    limits = config | {"quant": {"min_bits": 2, "max_bits": 15}}
+    for widths, told in (
+        ({"a": [0, 0, 9], "b": [0, 0, 1]}, "all weights at the smallest width (2 bits)"),
+        ({"a": [0] * 15 + [9]}, "all weights at the largest width (15 bits)"),
+    ):
+        assert told in fake("diffq", 1000, 1.0, config=limits, widths=widths).summary()
+        assert "width" not in fake("rtn", 1000, 1.0, config=config, widths=widths).summary()
+    assert "width" not in fake("diffq", 1000, 1.0, config=limits, widths={"a": [0, 0, 9], "b": [0, 0, 1, 1]}).summary()
+
+
 def test_lower_can_be_better() -> None:
     table = rows([fake("a", 10, 0, **low(5.0)), fake("b", 20, 0, **low(5.0))])
     assert [r.best for r in table] == [True, False]

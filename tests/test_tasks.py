@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from bitfront.cells.distillation import Distillation
 from bitfront.cells.flow import build_task
 from bitfront.data.images import class_folders, digits, shift_and_mirror
 from bitfront.errors import BitfrontError
-from bitfront.tasks.batches import EpochBatches
+from bitfront.tasks.batches import EpochBatches, Loader
 from bitfront.tasks.core import Task
 
 
@@ -105,6 +108,41 @@ def test_no_batch_of_a_training_is_too_small_for_batch_norms() -> None:
     assert [len(batch) for batch in EpochBatches(9, 4, None)] == [4, 4, 1]  # nothing is measured twice
     assert [len(batch) for batch in EpochBatches(3, 1, 0)] == [1, 1, 1]  # as the user wants it
     assert [len(batch) for batch in EpochBatches(1, 4, 0)] == [2]
+
+
+class Faulty:
+    """Samples of which the last is not right."""
+
+    def __init__(self, fault: Callable[[], object]) -> None:
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, indices: list[int]) -> list[int]:
+        if 4 in indices:
+            self.fault()
+        return indices
+
+
+def unreadable() -> None:
+    raise BitfrontError("could not read 'x'")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_wrong_with_data_is_said_whoever_reads_them(workers: int) -> None:
+    drawn = iter(Loader(Faulty(unreadable), sampler=EpochBatches(5, 2, None), num_workers=workers))
+    assert [next(drawn), next(drawn)] == [[0, 1], [2, 3]]
+    with pytest.raises(BitfrontError, match=r"^could not read 'x'$"):
+        next(drawn)
+
+
+def test_a_process_that_loads_data_and_dies_is_said() -> None:
+    loader = Loader(
+        Faulty(lambda: os.kill(os.getpid(), signal.SIGKILL)), sampler=EpochBatches(5, 2, None), num_workers=1
+    )
+    with pytest.raises(BitfrontError, match=r"has died.*fewer train\.workers"):
+        list(loader)
 
 
 def test_processes_share_the_data() -> None:

@@ -148,7 +148,15 @@ class Record(Head):
         if unseen := blind(self.calibration.get("layers", [])):
             share = 100 * sum(size[name] for name in unseen) / sum(size.values())
             told += f", {share:.2g} % of the weights rounded blind ({', '.join(dict.fromkeys(unseen.values()))})"
-        return told + (f", {UNTUNED}" if untuned(self.calibration) else "")
+        return told + self._at_an_end() + (f", {UNTUNED}" if untuned(self.calibration) else "")
+
+    def _at_an_end(self) -> str:
+        """Whether learned widths have all come to the smallest or the largest, where the metric has no say in them."""
+        for key, end in (("min_bits", "smallest"), ("max_bits", "largest")):
+            bits = self.config["quant"].get(key)
+            if bits is not None and all(not any(n for b, n in enumerate(c) if b != bits) for c in self.widths.values()):
+                return f", all weights at the {end} width ({bits} bits)"
+        return ""
 
     def as_json(self) -> dict[str, Any]:
         """The content of its file."""

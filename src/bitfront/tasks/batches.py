@@ -1,12 +1,15 @@
-"""The order in which a task's data come."""
+"""The order in which a task's data come, and the processes that read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from bitfront.errors import BitfrontError
 
 SORTED = 50  # batches among whose samples those of like length find together
 
@@ -80,3 +83,45 @@ class EpochBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-len(self.indices()) // self.batch_size) * self.parts
+
+
+class Loader(DataLoader[Any]):
+    """Batches of a data set whose other processes, if it has some, say what is wrong as clearly as this one.
+
+    Args:
+        dataset: gives the batch of a list of indices.
+        options: of a ``DataLoader``.
+    """
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(_Told(dataset) if options["num_workers"] else dataset, batch_size=None, **options)
+
+    def __iter__(self) -> Any:
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, BitfrontError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise BitfrontError(
+                "a process that loads data has died, as where the memory is full; the same command goes on with "
+                "fewer train.workers or a smaller train.batch_size"
+            ) from None
+
+
+class _Told(Dataset[Any]):
+    """A data set that gives its errors in place of batches: raised in another process, they come with its traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        try:
+            return self.dataset[indices]
+        except BitfrontError as error:
+            return error

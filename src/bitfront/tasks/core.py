@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes
 from bitfront.progress import Bar, phase
 from bitfront.ranges import Ranges, of, refuse
-from bitfront.tasks.batches import EpochBatches
+from bitfront.tasks.batches import EpochBatches, Loader
 from bitfront.tasks.recipe import Recipe
 
 
@@ -141,7 +140,7 @@ class Task:
         """Whether AdamW lets a parameter decay: vectors (norms, biases) do not."""
         return p.dim() > 1
 
-    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
+    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> Loader:
         """Batches of a split.
 
         Args:
@@ -164,8 +163,7 @@ class Task:
         options: dict[str, Any] = {"parts": parts, "repeats": repeats, "lengths": self.lengths(dataset)}
         batches = EpochBatches(len(dataset), size, seed, rank, world, **options)
         batches.set_epoch(epoch)
-        options = {"batch_size": None, "generator": batches.generator, "num_workers": self.recipe.workers}
-        return DataLoader(dataset, sampler=batches, **options)
+        return Loader(dataset, sampler=batches, generator=batches.generator, num_workers=self.recipe.workers)
 
     @torch.no_grad()
     def evaluate(

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
 
 from bitfront.data.audio import REMIXED, Excerpts, Form, Song, Whole, excerpt_length, level, songs, tones
@@ -19,6 +18,7 @@ from bitfront.data.music import music
 from bitfront.errors import BitfrontError
 from bitfront.processes import processes
 from bitfront.ranges import Ranges
+from bitfront.tasks.batches import Loader
 from bitfront.tasks.core import Task
 from bitfront.tasks.sdr import FramewiseSDR, GlobalSDR
 
@@ -115,7 +115,7 @@ class Separator(Task):
         segment, stride = self._samples(self.segment), self._samples(self.stride)
         return Excerpts(found, self.form.sources, self.form.samplerate, segment, stride, self.repitch, self.repeat)
 
-    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> DataLoader:
+    def loader(self, split: str, epoch: int = 0, shared: bool = True, parts: int = 1) -> Loader:
         """As of every task.
 
         Raises:
