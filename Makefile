@@ -41,8 +41,9 @@ test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (ins
 	$(PY) -m pytest -m slow
 	$(PY) -m pytest tests/test_harness.py tests/test_interchange.py
 
-faults: .venv/installed  ## Read 100,000 damaged and hostile files
+faults: .venv/installed  ## Read 100,000 damaged and hostile files, kill a hundred processes
 	$(PY) -m benchmarks.faults
+	$(PY) -m benchmarks.kills
 
 bench: .venv/installed  ## Compare with the official packages (installs them, which needs a C compiler; hours)
 	$(PY) -m benchmarks.solver

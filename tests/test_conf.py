@@ -147,6 +147,41 @@ def test_bad_command_lines_are_refused_with_the_choices(words: list[str], answer
 
 
 @pytest.mark.parametrize(
+    "place", ["ü/日本", "a=b", "a b", "a,b", "a(b){c}[d]", "it's", "a#b&c%!", "back\\", "\\'", "~x", ""]
+)
+def test_places_are_taken_as_they_stand(place: str) -> None:
+    for key in compose.PLACES:
+        word = compose.quoted(f"{key}=/{place}")
+        (override,) = compose.parse([word])
+        assert not override.is_sweep_override() and override.value() == f"/{place}"
+        assert compose.quoted(word) == word
+
+
+def test_the_users_folder_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ü")
+    (override,) = compose.parse([compose.quoted("root=~/runs")])
+    assert override.value() == "/home/ü/runs"
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("bits=2,3", "bits=2,3"),
+        ("quant.damping=interval(0.1,0.2)", "quant.damping=interval(0.1,0.2)"),
+        ("quant.layers={head.*:{bits:8}}", "quant.layers={head.*:{bits:8}}"),
+        ("init_from=a,b", "init_from=a,b"),
+        ("root='a b'", "root='a b'"),
+        ("data=Fotos ü", "data='Fotos ü'"),
+        ("bits==3", "bits='=3'"),
+        ("+bits=3", "+bits=3"),
+        ("penalty", "penalty"),
+    ],
+)
+def test_words_that_are_understood_stay(word: str, wanted: str) -> None:
+    assert compose.quoted(word) == wanted
+
+
+@pytest.mark.parametrize(
     ("words", "answer"),
     [
         (("--help",), "penalty=1.0 group_size=8"),

@@ -394,6 +394,18 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path, damage: str) -> Non
     assert result.returncode != 0 and "damaged" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_folder_of_any_name(root: Path, tmp_path: Path) -> None:
+    place = tmp_path / "Läufe, a=b (1)" / "wandb"
+    shutil.copytree(root / "vit", place / "vit")
+    assert cli("run", *SMOKE, "quant=rtn", f"root={place}").returncode == 0
+    sweep = cli("run", "-m", *SMOKE, "quant=rtn", "bits=4,3,2", f"root={place}")
+    assert sweep.returncode == 0 and sweep.stdout.count("finished before") == 1, sweep.stderr
+    found = [r for r in read_all(place) if r.method == "rtn"]
+    assert len(found) == 3
+    assert cli("report", str(place)).returncode == 0 and (place / "report" / "report.html").is_file()
+    assert "the same as in its record" in cli("evaluate", f"artifact={found[-1].artifact}").stdout
+
+
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_interrupt_keeps_what_was_computed(tmp_path: Path, how: str) -> None:
     words = [*SMOKE, "quant=float", f"root={tmp_path}", "wandb=disabled"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from bitfront.errors import BitfrontError
+
+STALE = 600.0  # seconds
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -17,6 +21,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         BitfrontError: the disk is full or the place is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:  # of a process that died: none writes for so long
+                left.unlink()
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

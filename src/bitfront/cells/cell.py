@@ -137,7 +137,7 @@ class Cell:
 
 def _file(place: str, data_root: str) -> Path:
     """Of trained weights, below the working directory or ``data_root``."""
-    for path in (Path(place), Path(data_root) / place):
+    for path in (Path(place).expanduser(), Path(data_root) / place):
         if path.is_file():
             return path
     told = f"{told}, or " if (told := compose.fetched(place)) else ""

@@ -42,6 +42,7 @@ from bitfront.theirs import FOLDER
 CONF = shipped("conf")
 OWN = "BITFRONT_CONF"  # a folder of the user's with tasks and methods beside ours; --config-dir sets it
 CELL = ("task", "quant")  # the groups that make a cell
+PLACES, PLAIN = ("root", "data_root"), re.compile(r"[\w/.:+-]*", re.ASCII)  # of one folder; words that need no quotes
 SWEEP = ("cluster", "sweeper")  # those that say how many cells are run
 GROUPS = (*CELL, *SWEEP)
 BLOCKS = ("finetune", "tensors", "calibration", "methods", "tiny")  # of a task, which no word of a command line sets
@@ -194,6 +195,29 @@ def parse(words: Sequence[str]) -> list[Override]:
             o = parser.parse_override(f"{o.key_or_group}={','.join(value.filter(options(o.key_or_group)))}")
         found[o.key_or_group] = o
     return list(found.values())
+
+
+def quoted(word: str) -> str:
+    """A word of a command line as Hydra's grammar has it, which keeps some characters for itself: places, and whatever
+    it does not understand, are taken as they stand, places with the user's folder for ``~``."""
+    key, given, value = word.partition("=")
+    if not given or value[:1] in ("'", '"'):
+        return word
+    if key in PLACES:
+        value = os.path.expanduser(value)
+        word = f"{key}={value}"
+    if PLAIN.fullmatch(value) if key in PLACES else _understood(word):
+        return word
+    inside = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), value)
+    return text if _understood(text := f"{key}='{inside}'") else word
+
+
+def _understood(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def files(**choices: str) -> DictConfig:

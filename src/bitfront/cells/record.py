@@ -234,7 +234,7 @@ def read_all(root: Path, skipped: dict[Path, str] | None = None) -> list[Record]
     """
     found: list[Record] = []
     for path in sorted(root.rglob("*.json")):
-        if "wandb" in path.parts:
+        if "wandb" in path.relative_to(root).parts:  # W&B's own files
             continue
         try:
             found += filter(None, [_finished(path)])

@@ -47,7 +47,8 @@ def options(schema: type[T], words: Iterable[str]) -> T:
 
 def folder(words: list[str]) -> tuple[Path, list[str]]:
     """The folder of runs, which the first word may name, and the other words."""
-    return (Path(words[0]), words[1:]) if words and "=" not in words[0] else (Path("runs"), words)
+    named = words and ("=" not in words[0] or Path(words[0]).is_dir())
+    return (Path(words[0]), words[1:]) if named else (Path("runs"), words)
 
 
 def usage(about: str | None, schema: type[Any]) -> str:

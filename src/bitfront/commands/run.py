@@ -128,7 +128,7 @@ def _dry(words: list[str]) -> tuple[list[str], bool]:
 
 def _parted(words: Sequence[str]) -> tuple[list[str], bool, bool]:
     """Words that set options; whether they are a sweep, by ``-m``; whether only to show the cell, by ``--cfg job``."""
-    plain = [word for word in words if word not in ("-m", "--multirun")]
+    plain = [compose.quoted(word) for word in words if word not in ("-m", "--multirun")]
     asked = "--cfg" in plain
     if asked:
         at = plain.index("--cfg")
