@@ -32,16 +32,16 @@ from bitfront.commands import start
 OUT = Path("results/benchmarks")
 SMOKE = ("task=vit", "smoke=true", "trainer.accelerator=cpu", "wandb=disabled")
 CELLS = {
-    "training, float": ("quant=float", "train.epochs=3"),
-    "training, LSQ": ("quant=lsq", "bits=3", "train.epochs=3"),
-    "training, DiffQ": ("quant=diffq", "train.epochs=3"),
-    "training, DiffQ-LSQ in a size": ("quant=diffq_lsq", "max_size=0.03", "train.epochs=3"),
+    "training, float": ("quant=float", "seed=1"),
+    "training, LSQ": ("quant=lsq", "bits=3"),
+    "training, DiffQ": ("quant=diffq",),
+    "training, DiffQ-LSQ in a size": ("quant=diffq_lsq", "max_size=0.03"),
     "after training, GPTQ": ("quant=gptq", "bits=3"),
     "after training, decoupleQ": ("quant=decoupleq", "bits=2", "J=2"),
-    "after training, decoupleQ fine-tuned": ("quant=decoupleq", "bits=2", "quant.sft=true", "train.epochs=2"),
+    "after training, decoupleQ fine-tuned": ("quant=decoupleq", "bits=2", "quant.sft=true"),
     "after training, GSQ": ("quant=gsq", "bits=2"),
 }
-SWEEP = ("-m", *SMOKE, "quant=rtn,lsq,gptq", "train.epochs=3", "cluster=local", "cluster.workers=2")
+SWEEP = ("-m", *SMOKE, "quant=rtn,lsq,gptq", "cluster=local", "cluster.workers=2")
 EACH = 11  # kills of each cell; of a sweep and of a report, ten
 OTHERS = multiprocessing.get_context("forkserver")
 

@@ -186,6 +186,14 @@ def test_a_finished_cell_whose_file_is_another_is_run_again(root: Path, tmp_path
     assert sha256(artifact) == record_of(only(root, "rtn")).artifact_sha256
 
 
+def test_a_finished_cell_leaves_nothing_of_its_interruptions(root: Path) -> None:
+    path = only(root, "gptq")
+    (path / "last.ckpt").write_bytes(b"x")
+    (path / "blocks" / "y").mkdir(parents=True)
+    assert "finished before" in cli("run", *SMOKE, "quant=gptq", f"root={root}").stdout
+    assert not (path / "last.ckpt").exists() and not (path / "blocks").exists()
+
+
 def test_a_finished_cell_is_not_run_again(root: Path) -> None:
     before = (only(root, "diffq") / "record.json").stat().st_mtime_ns
     result = cli("run", *SMOKE, "quant=diffq", f"root={root}")

@@ -128,6 +128,7 @@ class Cell:
         return execute(self.config, self.words, self.origin, run)
 
     def _found(self, finished: Record, run: Run, nested: bool) -> Record:
+        run.clean()  # where it was killed in its last instant
         if not nested:
             CONSOLE.print(f"{finished.summary()}\nfinished before; to run it again, delete {run.path}")
             if tracking.under_agent() and rank() == 0:

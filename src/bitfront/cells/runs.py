@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Run:
 
     def clean(self) -> None:
         """Remove what only an interrupted run needs."""
-        self.checkpoint.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.checkpoint.unlink()
         shutil.rmtree(self.blocks, ignore_errors=True)
 
     @contextmanager
