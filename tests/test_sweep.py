@@ -306,7 +306,7 @@ def test_a_search_minimises_size_and_validation_loss(like: Callable[..., Record]
     [
         (("quant=diffq", "penalty=interval(1,2)"), "add sweeper=optuna"),
         (("quant=rtn", "init_from=/nowhere"), "no such file"),
-        (("quant=diffq", "penalty=interval(-1,5)", "sweeper=optuna"), "penalty is not negative, got -1"),
+        (("quant=diffq", "penalty=interval(-1,5)", "sweeper=optuna"), "penalty is in [0, 1e6], got -1"),
         (("quant=rtn", "--cfg", "job"), "takes no --cfg"),
         (("quant=diffq", "sweeper=optuna"), "got nothing"),
         (("task=vit,lm", "quant=diffq", "penalty=1,2", "sweeper=optuna"), "options of one task"),
