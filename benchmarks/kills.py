@@ -25,6 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from bitfront.cells.provenance import environment
 from bitfront.cells.record import Record, read_all
 from bitfront.cells.runs import Run
 from bitfront.commands import start
@@ -170,11 +171,11 @@ class Kills:
     def report(self, times: int) -> None:
         """Kill a report that is written over an older one."""
         kind, records = "report", Path("results/records").resolve()
-        old, new, log, counted = (self.folder / f"report.{name}" for name in ("old", "new", "log", "count"))
+        old, fresh, log, counted = (self.folder / f"report.{name}" for name in ("old", "new", "log", "count"))
         words = (str(records), "task=vit,resnet")
         self.whole(log, "report", (*words, "method=lsq,float", f"out={old}"))
-        seconds = self.whole(log, "report", (*words, f"out={new}"), counted)
-        before, wanted = contents(old), contents(new)
+        seconds = self.whole(log, "report", (*words, f"out={fresh}"), counted)
+        before, wanted = contents(old), contents(fresh)
         n = done = 0
         while done < times:
             n += 1
@@ -218,7 +219,8 @@ def main() -> None:
     lines = ["| killed | outcome | kills |", "|---|---|---|"]
     lines += [f"| {kind} | {outcome} | {n} |" for (kind, outcome), n in sorted(kills.counts.items())]
     lines += ["", "`python -m benchmarks.kills`."]
-    (OUT / "kills.json").write_text(json.dumps({"counts": sorted(map(list, kills.counts.items()))}, indent=1) + "\n")
+    told = {"counts": sorted(map(list, kills.counts.items())), "environment": environment()}
+    (OUT / "kills.json").write_text(json.dumps(told, indent=1) + "\n")
     (OUT / "kills.md").write_text("\n".join(lines) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")
     if kills.lost:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bitfront.data import folders
-from bitfront.data.folders import completed, fingerprint, labelled, outline, split_files, split_folders, splits
+from bitfront.data import folders, identified
+from bitfront.data.folders import completed, labelled, split_files, split_folders, splits
+from bitfront.data.identified import fingerprint, outline
 from bitfront.errors import BitfrontError
 
 NAMES = [f"{label}/{i}.png" for label, n in (("a", 31), ("b", 10), ("c", 3), ("d", 2)) for i in range(n)]
@@ -162,8 +163,8 @@ def test_a_fingerprint_is_of_names_and_contents_alone(tree: Path, tmp_path: Path
 
 def test_contents_are_read_once(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    real = folders._content
-    monkeypatch.setattr(folders, "_content", lambda path: read.append(path) or real(path))
+    real = identified._content
+    monkeypatch.setattr(identified, "_content", lambda path: read.append(path) or real(path))
     for path in tree.rglob("*.x"):
         os.utime(path, (1e9, 1e9))
     os.utime(tree / "a" / "0.x")  # just written: it may change again without another time

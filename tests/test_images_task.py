@@ -22,8 +22,7 @@ from bitfront.cells import compose
 from bitfront.cells.cell import Cell
 from bitfront.cells.flow import build_task
 from bitfront.cells.record import Record, read_all
-from bitfront.data import folders
-from bitfront.data.folders import fingerprint
+from bitfront.data.identified import YOUNG, fingerprint
 from bitfront.data.images import fault, opened
 from bitfront.errors import BitfrontError
 from bitfront.tasks.images import OwnImages
@@ -314,7 +313,7 @@ def test_one_bad_image_among_many_is_left_out_with_a_word_before_the_training(
     assert sum(map(len, task.found[1].values())) == 99
     assert "1 of 100 images cannot be read" in (told := capsys.readouterr().err) and "red/00." in told
     assert sum(len(batch[1]) for split in ("train", "valid", "test") for batch in task.loader(split)) == 99
-    time.sleep(folders.YOUNG / 1e9)  # until the files may be remembered
+    time.sleep(YOUNG / 1e9)  # until the files may be remembered
     assert own(folder, tmp_path).found == task.found
     monkeypatch.setattr("bitfront.tasks.images.fault", lambda path: pytest.fail(f"{path} is read again"))
     assert own(folder, tmp_path).found == task.found

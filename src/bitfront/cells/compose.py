@@ -33,7 +33,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitfront.cells.identity import FINGERPRINT, calibrated
-from bitfront.data.folders import find, fingerprint, first
+from bitfront.data.folders import find, first
+from bitfront.data.identified import fingerprint
 from bitfront.errors import BitfrontError, first_line
 from bitfront.models.pretrained import NETWORKS
 from bitfront.shipped import module, shipped

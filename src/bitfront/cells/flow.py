@@ -27,7 +27,8 @@ from bitfront.cells.tracking import Tracker
 from bitfront.cells.trainer import accelerator, check_trainer, fit, meet
 from bitfront.cells.training import Training
 from bitfront.cells.usage import elsewhere
-from bitfront.data.folders import outline, unsplit
+from bitfront.data.folders import unsplit
+from bitfront.data.identified import outline
 from bitfront.downloads import sha256
 from bitfront.errors import ArtifactError, BitfrontError
 from bitfront.processes import processes, rank

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bitfront.data.folders import Seen
+from bitfront.data.identified import Seen
 from bitfront.progress import Bar
 
 

@@ -162,7 +162,7 @@ class Row:
 
     @cached_property
     def data(self) -> set[str]:
-        """What tells the data of its runs from others of the same name, see ``folders.outline``."""
+        """What tells the data of its runs from others of the same name, see ``identified.outline``."""
         return {str(r.environment["data"]) for r in self.records if "data" in r.environment}
 
     @cached_property
