@@ -62,11 +62,11 @@ class Row:
 
 def moving(epochs: int, **options: float) -> Row:
     """decoupleQ with codes that move, in a file no larger than AutoRound's."""
+    options = {"moving": epochs, "momentum": 0.0, **options, "scale_bits": 6}
     told = "".join(f" {key}={value:g}" for key, value in options.items())
-    options = {"moving": epochs, **options, "J": 1, "scale_bits": 6}
     return Row(
-        f"ours, `decoupleq moving={epochs}{told} J=1 scale_bits=6` (bfloat16)",
-        options={"method": "DecoupleQ", **options, "block_dtype": "bfloat16"},
+        f"ours, `decoupleq{told} J=0` (bfloat16)",
+        options={"method": "DecoupleQ", **options, "J": 0, "block_dtype": "bfloat16"},
     )
 
 
@@ -80,14 +80,9 @@ ROWS = {
     "gptq_mse": Row("ours, `gptq grid=mse`", options={"method": "GPTQ", "grid": "mse"}),
     "decoupleq_j0": Row("ours, `decoupleq J=0`", options={"method": "DecoupleQ", "J": 0}),
     "decoupleq_j4": Row("ours, `decoupleq J=4`", options={"method": "DecoupleQ", "J": 4}),
-    "decoupleq_block": Row(
-        "ours, `decoupleq J=2 between=1 hessian=block`",
-        options={"method": "DecoupleQ", "J": 2, "between": 1, "hessian": "block"},
-    ),
-    "decoupleq_moving4": moving(4),
     "decoupleq_moving8": moving(8),
-    "decoupleq_moving4_sign": moving(4, momentum=0.0),
-    "decoupleq_moving8_sign": moving(8, momentum=0.0),
+    "decoupleq_damped4": moving(4, damping=1.0),
+    "decoupleq_damped8": moving(8, damping=1.0),
     "gsq": Row("ours, `gsq moving=8` (bfloat16)", options={"method": "GSQ", "moving": 8, "block_dtype": "bfloat16"}),
 }
 

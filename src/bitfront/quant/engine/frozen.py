@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -52,12 +51,12 @@ class Frozen(Quantizer):
     @property
     def packed(self) -> Packed:
         lo, span = (self.get_buffer(f"packed_{name}") for name in ("lo", "span"))
-        return self._on(*(lo, span) if self.gain is None else self._stored())
+        return self._on(*(lo, span) if self.gain is None else self._stored(), self.codes())
 
-    def _on(self, lo: Tensor, span: Tensor) -> Packed:
-        """The codes on other grids."""
+    def _on(self, lo: Tensor, span: Tensor, codes: Tensor) -> Packed:
+        """Codes on grids."""
         bits = self.get_buffer("packed_bits")
-        return Packed(self.codes(), bits, lo, span, self.shape, self.rows, self.scales.table, self.view, self.axes)
+        return Packed(codes, bits, lo, span, self.shape, self.rows, self.scales.table, self.view, self.axes)
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         assert self.gain is not None and self.shift is not None
@@ -74,7 +73,7 @@ class Frozen(Quantizer):
             return self.packed.decode()
         # as they are stored, with the gradients of what is learned
         lo, span = (x + (s.to(x) - x.detach()) for x, s in zip(self._learned(), self._stored(), strict=True))
-        return replace(self._on(lo, span), codes=self.learned_codes()).decode()
+        return self._on(lo, span, self.learned_codes()).decode()
 
     def at(self, share: float) -> None:
         """So much of the training is done, 0..1."""

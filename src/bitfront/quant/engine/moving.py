@@ -5,6 +5,8 @@ without which those of many small gradients that do not agree add up to noise.""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +37,20 @@ class Moving(Frozen):
         return self._rounded().to(self.get_buffer("packed_codes").dtype)
 
     def learned_codes(self) -> Tensor:
-        near = self.place.clamp(-0.5, self.levels + 0.5)
-        return near + (self._rounded() - near).detach()
+        self.place.data.clamp_(-0.5, self.levels + 0.5)  # further out, a code would take long to come back
+        return Straight.apply(self.place, self.levels)
 
     def _rounded(self) -> Tensor:
         return self.place.detach().round().clamp_(0, self.levels)
+
+
+class Straight(torch.autograd.Function):
+    """Places to codes, with the gradient of the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, levels: int) -> Tensor:
+        return place.round().clamp_(0, levels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -191,7 +191,9 @@ class Packed:
         values = self.codes.float().mul_(step).add_(first)
         if self.rows:
             values = values.view(self.rows, -1)[:, : self.shape.numel() // self.rows]
-        return restored(values.reshape(-1)[: self.shape.numel()], self.shape, self.view, self.axes)
+        flat, number = values.reshape(-1), self.shape.numel()
+        # A slice of everything would cost two passes over the weight in training's backward.
+        return restored(flat if len(flat) == number else flat[:number], self.shape, self.view, self.axes)
 
     def cut(self, w: Tensor) -> Tensor:
         """Numbers for each weight, as the codes lie: those of the tensor's ``shape`` as ``[groups, group_size]``; of
