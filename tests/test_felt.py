@@ -16,8 +16,9 @@ from bitfront.errors import BitfrontError
 from bitfront.quant.engine import calibration
 from bitfront.quant.engine.calibration import felt_at_the_end
 from bitfront.quant.engine.plan import Calibration
-from bitfront.quant.layers.felt import FLOOR, Felt, Sums, felt, probe
+from bitfront.quant.layers.felt import FLOOR, Felt, Sums, felt, felt_outputs, probe
 from bitfront.quant.layers.inputs import Watch
+from bitfront.quant.methods.decoupleq import DecoupleQ
 from bitfront.quant.methods.gptq import GPTQ
 
 PROBES = 3000
@@ -306,8 +307,9 @@ def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes
     with monkeypatch.context() as patch:  # all of it is there
         patch.setattr(calibration, "felt_at_the_end", None)
         method.attach(network(), Calibration(x, lambda net, batch: net(batch), states=tmp_path))
-    with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
-        method.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))
+    for asking in (method, GPTQ(bits=2, min_size=0.0, J=1, block_loss="fisher")):
+        with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
+            asking.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))
 
 
 def test_padding_at_the_end_of_the_network_is_not_felt() -> None:
@@ -356,6 +358,78 @@ def test_what_cannot_be_felt_is_said() -> None:
             return self.second(h)
 
     data = Calibration([torch.randn(20, 6)], lambda net, batch: net(batch))
-    for hessian in ("block", "fisher"):
-        with pytest.raises(BitfrontError, match=r"no gradients.*give hessian=inputs"):
-            GPTQ(bits=2, min_size=0.0, hessian=hessian).attach(nn.Sequential(Over()), data)
+    for method, without in (
+        (GPTQ(bits=2, min_size=0.0, hessian="block"), "hessian=inputs"),
+        (GPTQ(bits=2, min_size=0.0, hessian="fisher"), "hessian=inputs"),
+        (GPTQ(bits=2, min_size=0.0, J=1, block_loss="fisher"), "block_loss=squared"),
+    ):
+        with pytest.raises(BitfrontError, match=f"no gradients.*give {without}"):
+            method.attach(nn.Sequential(Over(), Over()), data)
+    with pytest.raises(BitfrontError, match=r"no gradients.*give J=0"):
+        GPTQ(bits=2, min_size=0.0, J=1).attach(nn.Sequential(Over()), data)
+
+
+def test_what_a_block_gives_counts_by_its_squared_gradient() -> None:
+    torch.manual_seed(0)
+    network, x = (
+        nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))),
+        [torch.randn(4, 5) for _ in "ab"],
+    )
+    z = [network[0](batch).detach().requires_grad_() for batch in x]
+    grads = [torch.autograd.grad(network[1](one).square().sum(), one)[0] for one in z]
+    mean = torch.cat(grads).square().mean()
+
+    def passes() -> Any:
+        yield from ((n, None, lambda batch=batch: network(batch).square().sum()) for n, batch in enumerate(x))
+
+    found = felt_outputs({"0": network[0]}, passes())["0"]
+    assert found.keys() == {(0, 0), (1, 0)}
+    for n, grad in enumerate(grads):
+        (counts,) = found[n, 0]
+        assert counts is not None
+        torch.testing.assert_close(counts.float(), (1 - FLOOR) * grad.square() / mean + FLOOR, rtol=0.03, atol=0.01)
+    assert not network[0]._forward_hooks and all(p.grad is None for p in network.parameters())
+
+
+class Shared(nn.Module):
+    """A block that is called twice, writes over what it is given, and has an output that nothing comes of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.inner(x)
+        once += 1
+        return self.inner(once)
+
+
+def test_outputs_of_every_call_count_and_none_where_a_gradient_is_missing() -> None:
+    torch.manual_seed(0)
+    network, x = Shared(), torch.randn(3, 4)
+
+    def counts(of: Callable[[Tensor], Tensor]) -> Any:
+        return felt_outputs({"inner": network.inner}, [(0, None, lambda: of(network(x)))])
+
+    assert counts(lambda y: y.sum())["inner"].keys() == {(0, 0), (0, 1)}
+    assert counts(lambda y: y.sum() * torch.inf) == {}
+    assert counts(lambda y: y.sum() * 0) == {}
+    assert counts(lambda y: y.detach().sum()) == {}
+
+
+def test_a_block_is_tuned_for_what_the_end_feels() -> None:
+    """Of what the first block gives, the rest of the network takes two features of eight."""
+
+    def error(loss: str, seed: int) -> float:
+        torch.manual_seed(seed)
+        first = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        network = nn.Sequential(first, nn.Linear(8, 4))
+        with torch.no_grad():
+            network[1].weight[:, 2:] = 0
+        x = [torch.randn(64, 8) for _ in range(8)]
+        wanted = [network(batch).detach() for batch in x]
+        method = DecoupleQ(bits=2, min_size=0.0, exclude=["1.*"], moving=8, block_lr=0.01, J=0, block_loss=loss)
+        model = method.attach(network, Calibration(x, lambda net, batch: net(batch))).eval()
+        return sum((model(batch) - w).square().mean().item() for batch, w in zip(x, wanted, strict=True))
+
+    assert sum(error("fisher", seed) for seed in range(4)) < 0.8 * sum(error("squared", seed) for seed in range(4))

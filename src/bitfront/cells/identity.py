@@ -46,6 +46,7 @@ BORN: dict[str, Any] = {
     "quant.distill": 0,
     "quant.between": 0,
     "quant.hessian": "inputs",
+    "quant.block_loss": "squared",
     "quant.unbiased": False,
     "quant.grid": "minmax",
     "quant.round_zero": False,

@@ -19,7 +19,7 @@ from bitfront.quant.engine.route import Exact, Route, forward, of_unit, paramete
 from bitfront.quant.engine.sensitivity import probed
 from bitfront.quant.forwards.captured import Captured
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.felt import Felt, Sums, felt
+from bitfront.quant.layers.felt import Felt, FeltCalls, Sums, felt
 from bitfront.quant.layers.inputs import Moments, Reached, Watch, of_weight, until
 from bitfront.quant.layers.uses import Use
 from bitfront.quant.storage.packed import Packed
@@ -71,6 +71,7 @@ def quantize_block(
     unit: Unit,
     weights: dict[str, nn.Parameter],
     at_the_end: Felt,
+    outputs: FeltCalls,
     n: int,
 ) -> dict[str, Any]:
     """Quantize the n-th block in place, tuned to give what it gives in the float network; return its state.
@@ -80,10 +81,11 @@ def quantize_block(
         exact: likewise through the float network, if that goes along.
         method, unit, weights: solves the weights, those of the block, all by name.
         at_the_end: of the inputs of layers, by weight, what the end of the float network feels, if that counts.
+        outputs: likewise, how much what the block gives counts.
         n: its number.
     """
     began = time.perf_counter()
-    work = Block(here, method, unit, weights, here.data.seed + n, at_the_end)
+    work = Block(here, method, unit, weights, here.data.seed + n, at_the_end, outputs)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     exact = exact if several(here.network, unit) else None
@@ -92,8 +94,8 @@ def quantize_block(
         exact.run()  # while the block is float
     if work.tuned:
         of = exact if exact and method.target == "network" else here
-        outputs = of.given or of.run()
-        targets = {c.of: floats(output) for c, output in zip(of.calls, outputs, strict=True)}
+        given = of.given or of.run()
+        targets = {c.of: floats(output) for c, output in zip(of.calls, given, strict=True)}
         here.given = None  # of the block as it was
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
     with here.rest.at_work(of_unit(here.network, unit)):
@@ -139,8 +141,9 @@ class Block:
         weights: dict[str, nn.Parameter],
         seed: int,
         at_the_end: Felt,
+        outputs: FeltCalls,
     ) -> None:
-        self.seed, self.at_the_end = seed, at_the_end
+        self.seed, self.at_the_end, self.outputs = seed, at_the_end, outputs
         self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
         self.block = self.network.get_submodule(unit.block)
         self.tuned = method.tunes and several(self.network, unit)
@@ -241,7 +244,7 @@ class Block:
         later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
         learned = {own: self.learned(name, moving) for name, own in local.items()}
         still_float = [names[one] for one in later if one in names]
-        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, self.dtype)
+        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, self.dtype, self.outputs)
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):

@@ -27,6 +27,7 @@ from bitfront.quant.engine.moving import Moving
 from bitfront.quant.forwards.captured import Captured
 from bitfront.quant.forwards.functional import call, differentiable, places
 from bitfront.quant.forwards.together import backward, gathered
+from bitfront.quant.layers.felt import FeltCalls
 from bitfront.quant.layers.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -70,6 +71,7 @@ class Tuning:
         time_last: where padding is, in outputs: in the last axis, or in that between samples and features.
         still_float: names of weights that are yet to be quantized, and learn until then.
         dtype: that products are computed in (autocast): float32, or bfloat16.
+        felt: how much each value of its outputs counts, by call; where that is not known, all count alike.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Tuning:
         time_last: bool,
         still_float: Iterable[str] = (),
         dtype: torch.dtype = torch.float32,
+        felt: FeltCalls | None = None,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.felt = dtype, felt or {}
         self.block, self.time_last, self.places = block, time_last, places(block)
         self.device = next(block.parameters()).device
         self.frozen = {name: f.to(self.device) for name, f in learned.items()}
@@ -147,7 +150,15 @@ class Tuning:
     def _step(self, optimizer: torch.optim.Optimizer, call: Call | None) -> None:
         optimizer.zero_grad()
         loss = self._error(*call, self._weights()) if call else torch.zeros((), device=self.device)
-        if not torch.isfinite(backward(loss, [p for group in optimizer.param_groups for p in group["params"]])):
+        try:
+            loss = backward(loss, [p for group in optimizer.param_groups for p in group["params"]])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a forward that writes over what its gradient needs
+            raise BitfrontError(
+                f"a block cannot be tuned, it has no gradients ({first_line(error)}); give J=0, moving=0, between=0"
+            ) from None
+        if not torch.isfinite(loss):
             raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
         optimizer.step()
 
@@ -192,9 +203,11 @@ class Tuning:
         ):
             output = self._output(weights, args, kwargs)
         total = torch.zeros((), device=self.device)
-        for got, wanted, scale in zip(floats(output), target, scales, strict=True):
+        felt = self.felt.get(captured.of) or [None] * len(target)
+        for got, wanted, scale, counts in zip(floats(output), target, scales, felt, strict=True):
             wanted = wanted.to(self.device).float()
             difference = _finite(wanted, got.float() - wanted).square()
+            difference = difference if counts is None else difference * counts.to(self.device)
             total = total + scale * kept(difference, captured.valid, self.time_last).mean()
         return total
 

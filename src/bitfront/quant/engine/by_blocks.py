@@ -33,6 +33,8 @@ class ByBlocks(Sampled):
             the others, still float, learn with them.
         target: of that stage: "network", the output of the block in the float network, so that a block makes up for the
             errors of those before it; "block" (the paper), that of the float block on the inputs it now gets.
+        block_loss: of that stage, whether all values that a block gives count alike ("squared"), or as much as the end
+            of the float network feels them ("fisher", ``felt_outputs``).
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
         block_dtype: that products are computed in there: "float32", "bfloat16", or "auto", the latter on a GPU.
@@ -47,6 +49,7 @@ class ByBlocks(Sampled):
     J: int = 0
     between: int = 0
     target: str = "network"
+    block_loss: str = "squared"
     held_out: float = 0.125
     patience: int = 2
     block_lr: float = 1e-3
@@ -60,6 +63,7 @@ class ByBlocks(Sampled):
         "J": "0..",
         "between": "0..",
         "target": ("network", "block"),
+        "block_loss": ("squared", "fisher"),
         "held_out": "[0, 1)",
         "patience": "1..",
         "block_lr": "(0, inf)",
@@ -76,6 +80,11 @@ class ByBlocks(Sampled):
         """What says how much of what a layer sees counts: the output of its "block", the "end" of the network; or "",
         if all of it counts alike."""
         return ""
+
+    @property
+    def feels_the_end(self) -> bool:
+        """Whether gradients of the whole network say how much what is in it counts."""
+        return self.feels == "end" or (self.tunes and self.block_loss == "fisher")
 
     @property
     def tunes(self) -> bool:

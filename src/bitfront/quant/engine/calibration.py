@@ -33,7 +33,7 @@ from bitfront.quant.engine.states import States, fingerprint
 from bitfront.quant.forwards.offload import Offload
 from bitfront.quant.forwards.together import check_alike, together
 from bitfront.quant.forwards.undisturbed import undisturbed
-from bitfront.quant.layers.felt import Felt, felt
+from bitfront.quant.layers.felt import Felt, FeltOutputs, felt, felt_outputs
 from bitfront.quant.layers.inputs import no_fast_path
 from bitfront.quant.log import blind_share
 from bitfront.quant.model import QuantizedModel, Quantizer, check_finite, check_quantizable
@@ -122,8 +122,9 @@ def calibrate(
             found[name], entry = solve(method, name, w, None)
             log["layers"].append(entry | {"block": ""})
         return found, log
-    whole = "hessian=fisher needs gradients of the whole network at once; leave offload out"
-    check(not data.offload or method.feels != "end", whole)
+    asks = "hessian" if method.feels == "end" else "block_loss"
+    whole = f"{asks}=fisher needs gradients of the whole network at once; leave offload out"
+    check(not data.offload or not method.feels_the_end, whole)
     check_processes(network, method, data)
     rest = data.offloaded(network)
     with undisturbed(network), no_fast_path(), rest.streamed():
@@ -161,11 +162,16 @@ def _walk(
     units = plan(network, weights, data) if weights else []
     states = States(data.states, network, method, data) if data.states else None
     end: Felt = {}
-    if method.feels == "end" and units and not (states and all(map(states.load, range(len(units))))):
-        end = felt_at_the_end(network, weights, data, units[-1].time_last)
+    outputs: FeltOutputs = {}
+    along = {unit.block for unit in units if several(network, unit)}
+    if units and method.feels_the_end and not (states and all(map(states.load, range(len(units))))):
+        if method.feels == "end":
+            end = felt_at_the_end(network, weights, data, units[-1].time_last)
+        if method.tunes and method.block_loss == "fisher":
+            with at_the_end(network, data, units[-1].time_last) as passes:
+                outputs = felt_outputs({block: network.get_submodule(block) for block in sorted(along)}, passes)
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.follows else None
-    along = {unit.block for unit in units if several(network, unit)}
     anew = [unit.block in along and not (unit.link and unit.link.before in along) for unit in units]
     bar = Bar(units, unit="block")
     for n, unit in enumerate(bar):
@@ -174,7 +180,7 @@ def _walk(
         if exact and (state or any(anew[n + 1 :])):
             exact.keep(unit)
         if state is None:
-            state = quantize_block(here, exact, method, unit, weights, end, n)
+            state = quantize_block(here, exact, method, unit, weights, end, outputs.get(unit.block, {}), n)
             if states:
                 states.save(n, state)
         for name, fields in state["packed"].items():

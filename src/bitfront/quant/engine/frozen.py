@@ -50,8 +50,9 @@ class Frozen(Quantizer):
 
     @property
     def packed(self) -> Packed:
-        lo, span = (self.get_buffer(f"packed_{name}") for name in ("lo", "span"))
-        return self._on(*(lo, span) if self.gain is None else self._stored(), self.codes())
+        as_solved = (self.get_buffer(f"packed_{name}") for name in ("lo", "span"))
+        lo, span = as_solved if self.gain is None else self._stored()
+        return self._on(lo, span, self.codes())
 
     def _on(self, lo: Tensor, span: Tensor, codes: Tensor) -> Packed:
         """Codes on grids."""

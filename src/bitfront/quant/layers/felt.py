@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.forwards.together import gathered
@@ -27,6 +28,9 @@ FLOOR = 0.1  # share of H in which all inputs count alike
 NOTHING = 1e-9  # of the largest power among several outputs
 Pass = tuple[int, Tensor | None, Callable[[], Tensor]]  # number of the batch, what is not padding, forward to the probe
 Felt = dict[str, dict[int, list[Tensor | None]]]  # by weight and batch, of its uses in their order: ``Use.felt``
+
+FeltCalls = dict[tuple[int, int], list[Tensor | None]]  # by batch and call of its forward, of the outputs of a module
+FeltOutputs = dict[str, FeltCalls]
 
 
 def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
@@ -66,13 +70,79 @@ def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
     return found
 
 
-def _gradients(probed: Tensor, of: list[Tensor]) -> Sequence[Tensor | None]:
+def felt_outputs(modules: dict[str, nn.Module], passes: Iterable[Pass]) -> FeltOutputs:
+    """How much each value counts of what modules give: its squared gradient (BRECQ, arXiv 2102.05426, equation 10), of
+    mean 1 - ``FLOOR`` over all batches of all processes, and ``FLOOR``.
+
+    Args:
+        modules: by name.
+        passes: forwards, each to a scalar.
+
+    Returns:
+        Nothing for a module of which it is not known.
+    """
+    found: dict[str, FeltCalls] = {name: {} for name in modules}
+    for n, _, run in passes:
+        seen: list[tuple[str, list[Tensor]]] = []
+
+        def after(name: str, output: Any, seen: list[Any] = seen) -> Any:
+            leaves, form = tree_flatten(output)
+            known = [x if x.requires_grad else x.detach().requires_grad_() for x in leaves if _floating(x)]
+            seen.append((name, known))
+            copies = iter([x.clone() for x in known])  # what follows may write to it
+            return tree_unflatten([next(copies) if _floating(x) else x for x in leaves], form)
+
+        hooks = [
+            module.register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
+            for name, module in modules.items()
+        ]
+        try:
+            with torch.enable_grad():
+                probed = run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        known = [x for _, outputs in seen for x in outputs]
+        grads = iter(_gradients(probed, known, "block_loss=squared") if known and probed.requires_grad else ())
+        for name, outputs in seen:
+            own = [next(grads, None) for _ in outputs]
+            call = sum(batch == n for batch, _ in found[name])
+            # Their squares would not fit into half a float.
+            found[name][n, call] = [None if g is None else g.to(torch.bfloat16).cpu() for g in own]
+    return {name: calls for name, own in found.items() if (calls := _shares(own))}
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _shares(found: FeltCalls) -> FeltCalls:
+    """From gradients; nothing if one is missing, or none says anything."""
+    missing = any(g is None or not torch.isfinite(g).all() for gs in found.values() for g in gs)
+    powers = [[(g.double().square().sum().item(), g.numel()) for g in gs if g is not None] for gs in found.values()]
+    everyone = gathered(None if missing else powers)
+    if None in everyone:
+        return {}
+    outputs = list(zip(*(call for one in everyone for call in one or ()), strict=True))
+    means = [sum(power for power, _ in calls) / max(1, sum(n for _, n in calls)) for calls in outputs]
+    if not any(means):
+        return {}
+    return {
+        of: [
+            (g.float().square() * ((1 - FLOOR) / mean) + FLOOR).to(g.dtype) if g is not None and mean else None
+            for g, mean in zip(gs, means, strict=True)
+        ]
+        for of, gs in found.items()
+    }
+
+
+def _gradients(probed: Tensor, of: list[Tensor], without: str = "hessian=inputs") -> Sequence[Tensor | None]:
     try:
         return torch.autograd.grad(probed, of, allow_unused=True, materialize_grads=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a forward that writes over what its gradient needs
-        raise BitfrontError(f"the network has no gradients ({first_line(error)}); give hessian=inputs") from None
+        raise BitfrontError(f"the network has no gradients ({first_line(error)}); give {without}") from None
 
 
 def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
