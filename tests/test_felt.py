@@ -433,3 +433,19 @@ def test_a_block_is_tuned_for_what_the_end_feels() -> None:
         return sum((model(batch) - w).square().mean().item() for batch, w in zip(x, wanted, strict=True))
 
     assert sum(error("fisher", seed) for seed in range(4)) < 0.8 * sum(error("squared", seed) for seed in range(4))
+
+
+def test_passes_to_other_outputs_say_nothing_of_a_block_and_that_is_told() -> None:
+    """As of a decoder whose drawn answer is longer than the sample."""
+
+    def longer(network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return network(torch.cat([batch, batch])).square().sum()
+
+    def block(**more: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 2))
+        data = Calibration([torch.randn(20, 6)], lambda net, batch: net(batch), **more)
+        method = GPTQ(bits=2, min_size=0.0, J=1, block_loss="fisher")
+        return method.attach(network, data).log["blocks"][0]
+
+    assert block(loss=longer)["block_loss"] == "squared" and "block_loss" not in block()

@@ -58,6 +58,16 @@ def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
     return (error / power).item() if power else 0.0
 
 
+def of_these(felt: FeltCalls, outputs: dict[tuple[int, int], list[Tensor]]) -> FeltCalls:
+    """How much outputs count; nothing where the passes that felt it gave others, as a decoder does of drawn words."""
+    known = all(
+        len(felt.get(of, ())) == len(own)
+        and all(counts is None or counts.shape == x.shape for counts, x in zip(felt[of], own, strict=True))
+        for of, own in outputs.items()
+    )
+    return felt if known else {}
+
+
 def several(network: nn.Module, unit: Unit) -> bool:
     """Whether it is a block of the network that is more than a layer."""
     return bool(unit.block) and next(network.get_submodule(unit.block).children(), None) is not None
@@ -85,7 +95,7 @@ def quantize_block(
         n: its number.
     """
     began = time.perf_counter()
-    work = Block(here, method, unit, weights, here.data.seed + n, at_the_end, outputs)
+    work = Block(here, method, unit, weights, here.data.seed + n, at_the_end)
     inputs = here.to(unit) if unit.stages or work.tuned else []
     targets: dict[tuple[int, int], list[Tensor]] = {}
     exact = exact if several(here.network, unit) else None
@@ -97,7 +107,10 @@ def quantize_block(
         given = of.given or of.run()
         targets = {c.of: floats(output) for c, output in zip(of.calls, given, strict=True)}
         here.given = None  # of the block as it was
+        work.outputs = of_these(outputs, targets)
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
+    if work.tuned and method.block_loss == "fisher" and not work.outputs:
+        entry["block_loss"] = "squared"
     with here.rest.at_work(of_unit(here.network, unit)):
         if exact and method.propagation:
             work.there = {c.of: c for c in exact.calls}
@@ -129,6 +142,7 @@ class Block:
         tuned: whether the block-wise stage follows, as it does in a block that is more than a layer.
         there, as_it_was: its calls in the float network, and its weights and norms there, where layers make up for
             errors before them.
+        outputs: how much the values that it gives count, if not alike.
         packed, layers, norms: what is found: its weights, the record's entries, its norms after tuning.
         before: the weights as they were when they were quantized, if their codes are yet to move.
     """
@@ -141,14 +155,14 @@ class Block:
         weights: dict[str, nn.Parameter],
         seed: int,
         at_the_end: Felt,
-        outputs: FeltCalls,
     ) -> None:
-        self.seed, self.at_the_end, self.outputs = seed, at_the_end, outputs
+        self.seed, self.at_the_end = seed, at_the_end
         self.here, self.network, self.method, self.unit, self.weights = here, here.network, method, unit, weights
         self.block = self.network.get_submodule(unit.block)
         self.tuned = method.tunes and several(self.network, unit)
         self.there: dict[tuple[int, int], Captured] = {}
         self.as_it_was: dict[str, Tensor] = {}
+        self.outputs: FeltCalls = {}
         self.packed: dict[str, Packed] = {}
         self.before: dict[str, Tensor] = {}
         self.layers: list[dict[str, Any]] = []

@@ -71,15 +71,16 @@ def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
 
 
 def felt_outputs(modules: dict[str, nn.Module], passes: Iterable[Pass]) -> FeltOutputs:
-    """How much each value counts of what modules give: its squared gradient (BRECQ, arXiv 2102.05426, equation 10), of
-    mean 1 - ``FLOOR`` over all batches of all processes, and ``FLOOR``.
+    """How much each value counts of what modules give: its squared gradient (BRECQ, arXiv 2102.05426, equation 10),
+    scaled to the mean 1 - ``FLOOR`` over all batches of all processes, and ``FLOOR``.
 
     Args:
         modules: by name.
         passes: forwards, each to a scalar.
 
     Returns:
-        Nothing for a module of which it is not known.
+        In bfloat16, on the CPU: half of what all outputs take in float32. Nothing for a module of which it is not
+        known; None for an output that is not felt.
     """
     found: dict[str, FeltCalls] = {name: {} for name in modules}
     for n, _, run in passes:
@@ -107,8 +108,7 @@ def felt_outputs(modules: dict[str, nn.Module], passes: Iterable[Pass]) -> FeltO
         for name, outputs in seen:
             own = [next(grads, None) for _ in outputs]
             call = sum(batch == n for batch, _ in found[name])
-            # Their squares would not fit into half a float.
-            found[name][n, call] = [None if g is None else g.to(torch.bfloat16).cpu() for g in own]
+            found[name][n, call] = [None if g is None else g.float().square().to(torch.bfloat16).cpu() for g in own]
     return {name: calls for name, own in found.items() if (calls := _shares(own))}
 
 
@@ -117,9 +117,9 @@ def _floating(x: Any) -> bool:
 
 
 def _shares(found: FeltCalls) -> FeltCalls:
-    """From gradients; nothing if one is missing, or none says anything."""
+    """From squared gradients; nothing if one is missing, or all are 0."""
     missing = any(g is None or not torch.isfinite(g).all() for gs in found.values() for g in gs)
-    powers = [[(g.double().square().sum().item(), g.numel()) for g in gs if g is not None] for gs in found.values()]
+    powers = [[(g.sum(dtype=torch.float64).item(), g.numel()) for g in gs if g is not None] for gs in found.values()]
     everyone = gathered(None if missing else powers)
     if None in everyone:
         return {}
@@ -129,7 +129,7 @@ def _shares(found: FeltCalls) -> FeltCalls:
         return {}
     return {
         of: [
-            (g.float().square() * ((1 - FLOOR) / mean) + FLOOR).to(g.dtype) if g is not None and mean else None
+            (g.float() * ((1 - FLOOR) / mean) + FLOOR).to(g.dtype) if g is not None and mean else None
             for g, mean in zip(gs, means, strict=True)
         ]
         for of, gs in found.items()
