@@ -256,7 +256,7 @@ def adam(tuning: Tuning, lr: float, steps: int, travel: float, momentum: float) 
         groups.append({"params": places, "lr": 2 * travel / steps, "betas": (momentum, SQUARES if momentum else 0.0)})
         rates.append(lambda n: 1 - n / steps)
     # Errors are small numbers, and so are their gradients: an epsilon of 1e-8 would swallow the steps.
-    optimizer = torch.optim.Adam(groups, lr=lr, eps=1e-15, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=lr, eps=1e-15)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
