@@ -60,9 +60,9 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def moving(epochs: int, **options: float) -> Row:
+def moving(epochs: int) -> Row:
     """decoupleQ with codes that move, in a file no larger than AutoRound's."""
-    options = {"moving": epochs, "momentum": 0.0, **options, "scale_bits": 6}
+    options = {"moving": epochs, "momentum": 0.0, "damping": 1.0, "scale_bits": 6}
     told = "".join(f" {key}={value:g}" for key, value in options.items())
     return Row(
         f"ours, `decoupleq{told} J=0` (bfloat16)",
@@ -79,8 +79,8 @@ ROWS = {
     "gptq": Row("ours, `gptq`", options={"method": "GPTQ"}),
     "gptq_mse": Row("ours, `gptq grid=mse`", options={"method": "GPTQ", "grid": "mse"}),
     "decoupleq_j4": Row("ours, `decoupleq J=4`", options={"method": "DecoupleQ", "J": 4}),
-    "decoupleq_damped4": moving(4, damping=1.0),
-    "decoupleq_damped8": moving(8, damping=1.0),
+    "decoupleq_damped4": moving(4),
+    "decoupleq_damped8": moving(8),
     "gsq": Row("ours, `gsq moving=8` (bfloat16)", options={"method": "GSQ", "moving": 8, "block_dtype": "bfloat16"}),
 }
 

@@ -392,7 +392,7 @@ def test_what_a_block_gives_counts_by_its_squared_gradient() -> None:
 
 
 class Shared(nn.Module):
-    """A block that is called twice, writes over what it is given, and has an output that nothing comes of."""
+    """With a block that is called twice, and whose output is written to."""
 
     def __init__(self) -> None:
         super().__init__()

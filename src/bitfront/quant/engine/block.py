@@ -18,6 +18,7 @@ from bitfront.quant.engine.plan import Unit
 from bitfront.quant.engine.route import Exact, Route, forward, of_unit, parameters_as
 from bitfront.quant.engine.sensitivity import probed
 from bitfront.quant.forwards.captured import Captured
+from bitfront.quant.forwards.together import gathered
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Felt, FeltCalls, Sums, felt
 from bitfront.quant.layers.inputs import Moments, Reached, Watch, of_weight, until
@@ -58,14 +59,15 @@ def loss_of_rows(counts: Tensor, w: Tensor, quantized: Tensor) -> float:
     return (error / power).item() if power else 0.0
 
 
-def of_these(felt: FeltCalls, outputs: dict[tuple[int, int], list[Tensor]]) -> FeltCalls:
-    """How much outputs count; nothing where the passes that felt it gave others, as a decoder does of drawn words."""
+def of_these(felt: FeltCalls, outputs: dict[tuple[int, int], list[Tensor]]) -> bool:
+    """Whether it is known how much outputs count, in all processes: passes may have given others, as a decoder does of
+    drawn words."""
     known = all(
         len(felt.get(of, ())) == len(own)
         and all(counts is None or counts.shape == x.shape for counts, x in zip(felt[of], own, strict=True))
         for of, own in outputs.items()
     )
-    return felt if known else {}
+    return all(gathered(known))
 
 
 def several(network: nn.Module, unit: Unit) -> bool:
@@ -107,10 +109,11 @@ def quantize_block(
         given = of.given or of.run()
         targets = {c.of: floats(output) for c, output in zip(of.calls, given, strict=True)}
         here.given = None  # of the block as it was
-        work.outputs = of_these(outputs, targets)
     entry: dict[str, Any] = {"name": unit.block or unit.names[0]}
-    if work.tuned and method.block_loss == "fisher" and not work.outputs:
-        entry["block_loss"] = "squared"
+    if work.tuned and method.weighs_outputs:
+        known = of_these(outputs, targets)
+        work.outputs = outputs if known else {}
+        entry |= {} if known else {"block_loss": "squared"}
     with here.rest.at_work(of_unit(here.network, unit)):
         if exact and method.propagation:
             work.there = {c.of: c for c in exact.calls}

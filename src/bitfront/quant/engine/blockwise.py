@@ -25,9 +25,9 @@ from bitfront.errors import BitfrontError, first_line
 from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.moving import Moving
 from bitfront.quant.forwards.captured import Captured
-from bitfront.quant.forwards.functional import call, differentiable, places
-from bitfront.quant.forwards.together import backward, gathered
-from bitfront.quant.layers.felt import FeltCalls
+from bitfront.quant.forwards.functional import call, differentiable, needing_gradients, places
+from bitfront.quant.forwards.together import gathered, summed_gradients
+from bitfront.quant.layers.felt import FeltCalls, floating
 from bitfront.quant.layers.uses import inside
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -150,15 +150,11 @@ class Tuning:
     def _step(self, optimizer: torch.optim.Optimizer, call: Call | None) -> None:
         optimizer.zero_grad()
         loss = self._error(*call, self._weights()) if call else torch.zeros((), device=self.device)
-        try:
-            loss = backward(loss, [p for group in optimizer.param_groups for p in group["params"]])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a forward that writes over what its gradient needs
-            raise BitfrontError(
-                f"a block cannot be tuned, it has no gradients ({first_line(error)}); give J=0, moving=0, between=0"
-            ) from None
-        if not torch.isfinite(loss):
+        if loss.requires_grad:
+            with needing_gradients("a block", "J=0, moving=0, between=0"):
+                loss.backward()
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        if not torch.isfinite(summed_gradients(loss, learned)):
             raise BitfrontError("a block's output is not finite while it is tuned; lower quant.block_lr")
         optimizer.step()
 
@@ -293,4 +289,4 @@ def _finite(wanted: Tensor, x: Tensor) -> Tensor:
 
 def floats(tree: Any) -> list[Tensor]:
     """The tensors of floating point in an output: what is compared."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tree_leaves(tree) if floating(x)]

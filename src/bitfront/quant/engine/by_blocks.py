@@ -82,9 +82,14 @@ class ByBlocks(Sampled):
         return ""
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether the block-wise stage wants to know how much each value that a block gives counts."""
+        return self.tunes and self.block_loss == "fisher"
+
+    @property
     def feels_the_end(self) -> bool:
         """Whether gradients of the whole network say how much what is in it counts."""
-        return self.feels == "end" or (self.tunes and self.block_loss == "fisher")
+        return self.feels == "end" or self.weighs_outputs
 
     @property
     def tunes(self) -> bool:

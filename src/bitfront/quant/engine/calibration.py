@@ -167,7 +167,7 @@ def _walk(
     if units and method.feels_the_end and not (states and all(map(states.load, range(len(units))))):
         if method.feels == "end":
             end = felt_at_the_end(network, weights, data, units[-1].time_last)
-        if method.tunes and method.block_loss == "fisher":
+        if method.weighs_outputs:
             with at_the_end(network, data, units[-1].time_last) as passes:
                 outputs = felt_outputs({block: network.get_submodule(block) for block in sorted(along)}, passes)
     here = Route(network, data, rest)

@@ -34,14 +34,11 @@ class Moving(Frozen):
         self.place = nn.Parameter(codes + off.clamp_(-REACH, REACH))
 
     def codes(self) -> Tensor:
-        return self._rounded().to(self.get_buffer("packed_codes").dtype)
+        return Straight.apply(self.place.detach(), self.levels).to(self.get_buffer("packed_codes").dtype)
 
     def learned_codes(self) -> Tensor:
         self.place.data.clamp_(-0.5, self.levels + 0.5)  # further out, a code would take long to come back
         return Straight.apply(self.place, self.levels)
-
-    def _rounded(self) -> Tensor:
-        return self.place.detach().round().clamp_(0, self.levels)
 
 
 class Straight(torch.autograd.Function):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bitfront.errors import BitfrontError, first_line
+
 Places = Mapping[str, list[str]]
 
 
@@ -30,6 +32,25 @@ def call(network: nn.Module, values: Mapping[str, Tensor], at: Places, args: Any
     """What the network gives where it sees ``values``, by the first names of its tensors, ``at`` being its places."""
     everywhere = {place: value for name, value in values.items() for place in at[name]}
     return functional_call(network, everywhere, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def needing_gradients(who: str, without: str) -> Iterator[None]:
+    """Backward passes, of which a forward that writes over what its gradient needs has none.
+
+    Args:
+        who: of whom the error is to speak.
+        without: the settings that do without.
+
+    Raises:
+        BitfrontError: there are no gradients.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise BitfrontError(f"{who} has no gradients ({first_line(error)}); give {without}") from None
 
 
 @contextmanager

@@ -106,11 +106,9 @@ def summed(x: Tensor) -> Tensor:
     return total.to(x.device)
 
 
-def backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of the sum of all processes' losses, the value, and the gradients, in their place; one stays None where no loss
-    depends on the parameter."""
-    if loss.requires_grad:
-        loss.backward()
+def summed_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Of the sum of all processes' losses, the value, and the gradients in the place of those of this one's; one stays
+    None where no loss depends on the parameter."""
     if place()[1] == 1:
         return loss.detach()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bitfront.errors import BitfrontError, first_line
+from bitfront.quant.forwards.functional import needing_gradients
 from bitfront.quant.forwards.together import gathered
 from bitfront.quant.layers.inputs import Accumulator, Moments, Watch
 from bitfront.quant.layers.uses import Form, Parts, Use
@@ -28,7 +28,6 @@ FLOOR = 0.1  # share of H in which all inputs count alike
 NOTHING = 1e-9  # of the largest power among several outputs
 Pass = tuple[int, Tensor | None, Callable[[], Tensor]]  # number of the batch, what is not padding, forward to the probe
 Felt = dict[str, dict[int, list[Tensor | None]]]  # by weight and batch, of its uses in their order: ``Use.felt``
-
 FeltCalls = dict[tuple[int, int], list[Tensor | None]]  # by batch and call of its forward, of the outputs of a module
 FeltOutputs = dict[str, FeltCalls]
 
@@ -59,7 +58,7 @@ def felt(weights: dict[str, nn.Parameter], passes: Iterable[Pass]) -> Felt:
         with torch.enable_grad(), Watch(weights, lambda *_: None, after):
             probed = run()
         known = [x for _, _, x in seen if x is not None] if probed.requires_grad else []
-        grads = iter(_gradients(probed, known) if known else ())
+        grads = iter(_gradients(probed, known, "hessian=inputs") if known else ())
         for name, use, x in seen:
             assert use.felt is not None
             g = None if x is None else next(grads, None)
@@ -88,10 +87,10 @@ def felt_outputs(modules: dict[str, nn.Module], passes: Iterable[Pass]) -> FeltO
 
         def after(name: str, output: Any, seen: list[Any] = seen) -> Any:
             leaves, form = tree_flatten(output)
-            known = [x if x.requires_grad else x.detach().requires_grad_() for x in leaves if _floating(x)]
+            known = [x if x.requires_grad else x.detach().requires_grad_() for x in leaves if floating(x)]
             seen.append((name, known))
             copies = iter([x.clone() for x in known])  # what follows may write to it
-            return tree_unflatten([next(copies) if _floating(x) else x for x in leaves], form)
+            return tree_unflatten([next(copies) if floating(x) else x for x in leaves], form)
 
         hooks = [
             module.register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
@@ -112,7 +111,8 @@ def felt_outputs(modules: dict[str, nn.Module], passes: Iterable[Pass]) -> FeltO
     return {name: calls for name, own in found.items() if (calls := _shares(own))}
 
 
-def _floating(x: Any) -> bool:
+def floating(x: Any) -> bool:
+    """Whether it is a tensor of floating point, as is compared of an output."""
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
@@ -136,13 +136,9 @@ def _shares(found: FeltCalls) -> FeltCalls:
     }
 
 
-def _gradients(probed: Tensor, of: list[Tensor], without: str = "hessian=inputs") -> Sequence[Tensor | None]:
-    try:
+def _gradients(probed: Tensor, of: list[Tensor], without: str) -> Sequence[Tensor | None]:
+    with needing_gradients("the network", without):
         return torch.autograd.grad(probed, of, allow_unused=True, materialize_grads=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a forward that writes over what its gradient needs
-        raise BitfrontError(f"the network has no gradients ({first_line(error)}); give {without}") from None
 
 
 def probe(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
