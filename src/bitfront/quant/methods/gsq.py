@@ -37,6 +37,7 @@ TRAVEL = 0.128  # peak rate of the logits, times the steps
 SCALES = 5e-3  # rate of the scales, relative to them: the paper's 1e-4 at its usual scale of 0.02
 FLOOR = 0.1  # of both rates, at the end of their cosine
 AROUND = 2  # neighbours on each side, above 2 bits
+LEAST = 2.0**-25  # of the u above, which else is a multiple of 2^-24, 0 among them
 
 
 class Soft(Frozen):
@@ -60,15 +61,15 @@ class Soft(Frozen):
         choices = self.levels + 1 if self.levels < 4 else 2 * AROUND + 1
         first = torch.zeros_like(codes) if self.levels < 4 else codes - AROUND
         self.register_buffer("first", first.short())
-        at = first[..., None] + torch.arange(choices, device=codes.device)
+        at = first + torch.arange(choices, device=codes.device)[:, None, None]
         self.register_buffer("outside", (at < 0) | (at > self.levels))
-        near = -(at - codes[..., None]).float().square() / 2
+        near = -(at - codes).float().square() / 2
         noise = torch.empty_like(near).normal_(generator=self.generator)
-        logits = std * (noise + strength * (near - near.mean(-1, keepdim=True)))
-        own = (codes - first)[..., None]
-        most = logits.masked_fill(self.get_buffer("outside"), -torch.inf).argmax(-1, keepdim=True)
-        both = logits.gather(-1, torch.cat([most, own], -1))
-        self.logits = nn.Parameter(logits.scatter(-1, torch.cat([own, most], -1), both))
+        logits = std * (noise + strength * (near - near.mean(0)))
+        own = (codes - first)[None]
+        most = logits.masked_fill(self.get_buffer("outside"), -torch.inf).argmax(0, keepdim=True)
+        both = logits.gather(0, torch.cat([most, own]))
+        self.logits = nn.Parameter(logits.scatter(0, torch.cat([own, most]), both))
         self.at(0.0)
 
     def at(self, share: float) -> None:
@@ -78,17 +79,16 @@ class Soft(Frozen):
 
     def codes(self) -> Tensor:
         inside = self.logits.detach().masked_fill(self.get_buffer("outside"), -torch.inf)
-        return (self.get_buffer("first") + inside.argmax(-1)).to(self.get_buffer("packed_codes").dtype)
+        return (self.get_buffer("first") + inside.argmax(0)).to(self.get_buffer("packed_codes").dtype)
 
     def learned_codes(self) -> Tensor:
         """Their expectation, under fresh noise."""
         with torch.no_grad():
-            noise = -torch.empty_like(self.logits).exponential_(generator=self.generator).log_()
-        scores = ((self.sharpness * self.logits + noise) / self.temperature).masked_fill(
-            self.get_buffer("outside"), -torch.inf
-        )
-        shifts = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-        return self.get_buffer("first") + scores.softmax(-1) @ shifts
+            noise = torch.empty_like(self.logits).uniform_(generator=self.generator).clamp_min_(LEAST)
+            noise.log_().neg_().log_().div_(-self.temperature).masked_fill_(self.get_buffer("outside"), -torch.inf)
+        odds = noise.add(self.logits, alpha=self.sharpness / self.temperature).softmax(0)
+        shifts = torch.arange(len(odds), dtype=odds.dtype, device=odds.device)
+        return self.get_buffer("first") + (shifts @ odds.flatten(1)).view(odds.shape[1:])
 
 
 @dataclass(kw_only=True)
