@@ -310,6 +310,8 @@ def test_the_end_of_a_network_is_felt_again_when_an_interrupted_calibration_goes
     for asking in (method, GPTQ(bits=2, min_size=0.0, J=1, block_loss="fisher")):
         with pytest.raises(BitfrontError, match=r"fisher needs gradients of the whole network.*leave offload out"):
             asking.attach(network(), Calibration(x, lambda net, batch: net(batch), offload="cpu"))
+    with pytest.raises(BitfrontError, match="block_loss=fisher is of the block-wise stage; give J"):
+        GPTQ(bits=2, block_loss="fisher")
 
 
 def test_padding_at_the_end_of_the_network_is_not_felt() -> None:
@@ -367,6 +369,19 @@ def test_what_cannot_be_felt_is_said() -> None:
             method.attach(nn.Sequential(Over(), Over()), data)
     with pytest.raises(BitfrontError, match=r"no gradients.*give J=0"):
         GPTQ(bits=2, min_size=0.0, J=1).attach(nn.Sequential(Over()), data)
+
+
+def test_a_block_that_gives_more_in_one_call_than_in_another_is_not_tuned() -> None:
+    class More(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y if len(x) > 3 else (y, y)
+
+    data = Calibration([torch.randn(n, 6) for n in (5, 2)], lambda net, batch: net(batch))
+    network = nn.Sequential(More(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)))
+    with pytest.raises(BitfrontError, match=r"1 tensors in one call and 2 in another; give J=0, moving=0"):
+        DecoupleQ(min_size=0.0, J=1).attach(network, data)
+    DecoupleQ(min_size=0.0, J=0).attach(network, data)
 
 
 def test_what_a_block_gives_counts_by_its_squared_gradient() -> None:

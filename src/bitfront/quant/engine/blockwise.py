@@ -33,6 +33,7 @@ from bitfront.quant.layers.uses import inside
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 Call = tuple[Captured, list[Tensor], list[float]]  # inputs, what the float block makes of them, how much outputs count
 SQUARES = 0.99  # of the mean of squared gradients that codes move by
+UNTUNED = "J=0, moving=0, between=0"
 FASTER = 10  # times the rate of values and norms: what is still float may move by more than its distance of values
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -116,7 +117,7 @@ class Tuning:
             nothing, if there are no inputs.
 
         Raises:
-            BitfrontError: the error is not finite.
+            BitfrontError: the error is not finite, or the block gives more in one call than in another.
         """
         calls = self._weighed(inputs, targets)
         if not calls:
@@ -151,7 +152,7 @@ class Tuning:
         optimizer.zero_grad()
         loss = self._error(*call, self._weights()) if call else torch.zeros((), device=self.device)
         if loss.requires_grad:
-            with needing_gradients("a block", "J=0, moving=0, between=0"):
+            with needing_gradients("a block", UNTUNED):
                 loss.backward()
         learned = [p for group in optimizer.param_groups for p in group["params"]]
         if not torch.isfinite(summed_gradients(loss, learned)):
@@ -169,6 +170,12 @@ class Tuning:
         counts by the share of it that is here, over the output's mean power."""
         own = {c.of: [self._power(t, c) for t in target] for c, target in zip(inputs, targets, strict=True)}
         everyone = gathered(own)
+        numbers = sorted({len(outputs) for one in everyone for outputs in one.values()})
+        if len(numbers) > 1:
+            raise BitfrontError(
+                f"a block cannot be tuned that gives {numbers[0]} tensors in one call and {numbers[-1]} in another; "
+                f"give {UNTUNED}"
+            )
         whole = {
             of: [_pooled(parts) for parts in zip(*(one[of] for one in everyone if of in one), strict=True)]
             for of in sorted({of for one in everyone for of in one})

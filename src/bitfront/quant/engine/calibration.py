@@ -61,6 +61,8 @@ class PostTraining(ByBlocks, Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.sees_inputs or not self.propagation, "propagation is of a method that looks at what layers see")
+        at_work = self.tunes or self.block_loss == "squared"
+        check(at_work, f"block_loss={self.block_loss} is of the block-wise stage; give J, moving or between with it")
         for option in ("sft_codes", "distill"):
             check(self.sft or not getattr(self, option), f"{option} is of fine-tuning; give sft=true with it")
 
