@@ -3,11 +3,13 @@
 All tensors are tried at all widths, after training also in smaller groups, on the float network with the method's own
 solver or one near it (``tried``; for what trains, with the range that is best for the weights it starts from). The cost
 of each error is weighed by what the end of the network feels of it (``sensitivity``), and what each tensor gets is
-chosen (``budget``) by the bytes that the file has with it: all else in it is priced first.
+chosen (``budget``) by the bytes that the file has with it: all else in it is priced first. A part of the data is enough
+for that.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ from bitfront.quant.storage.rounding import fitted_range
 
 M = TypeVar("M", bound=Method)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
+SHARE, LEAST = 1 / 4, 8  # of the batches, and how many: one number for a tensor needs no more
 HELD = 1 << 30  # bytes of second moments at once; where there are more, the data are gone through again
 
 
@@ -62,7 +65,7 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
     Args:
         method: with one width for a tensor, and a ``max_size``.
         network: float, on the device to work on; stays as it is.
-        data: to measure losses on.
+        data: to measure losses on, a part of it.
         about: what the file says of itself, which counts.
 
     Raises:
@@ -80,7 +83,9 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
             raise BitfrontError("max_size chooses widths by what errors do on data; give data")
         check_processes(network, method, data)
         network.eval()
-        tried = _tried(network, method, weights, data)
+        number = max(LEAST, math.ceil(SHARE * len(data.batches)))
+        few = replace(data, batches=[data.batches[n] for n in range(min(number, len(data.batches)))])
+        tried = _tried(network, method, weights, few)
     options = _costs(tried)
     limit = room = int(method.max_size * MB)
     smallest = {name: some[0] for name, some in options.items()}
