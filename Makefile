@@ -36,8 +36,8 @@ lint: .venv/installed  ## Check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (installs lm-eval and MLX)
-	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval]' 'mlx[cpu]==0.32.4'
+test-slow: .venv/installed  ## Run the tests that need minutes or gigabytes (installs lm-eval, Ray and MLX)
+	$(PY) -m uv pip install -q --no-build-isolation -c requirements.lock -e '.[lm-eval,ray]' 'mlx[cpu]==0.32.4'
 	$(PY) -m pytest -m slow
 	$(PY) -m pytest tests/test_harness.py tests/test_interchange.py
 

@@ -125,6 +125,44 @@ def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -
     assert record and record.processes == 2
 
 
+@pytest.mark.slow
+def test_on_ray_a_cell_whose_node_dies_goes_on_at_another(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    from ray.cluster_utils import Cluster
+
+    result = cli("run", *SMOKE, "quant=rtn,gptq", "cluster=ray", f"root={root}")  # a cluster of its own
+    assert result.returncode == 0, result.stderr
+    assert sorted(r.method for r in read_all(root)) == ["float", "gptq", "rtn"]
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they wait for whatever else this machine does
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    mortal = there.add_node(num_cpus=1)
+    try:
+        words = (
+            "-m",
+            "task=vit",
+            "quant=float",
+            "seed=1,2",
+            "train.epochs=10",
+            *SMOKE[3:],
+            f"root={root}",
+            "cluster=ray",
+        )
+        running = elsewhere(root, start, "run", (*words, f"hydra.launcher.ray.init.address={there.address}"))
+        deadline = time.monotonic() + 200
+        while len(list((root / "vit").glob("float/*/last.ckpt"))) < 2:
+            assert running.is_alive() and time.monotonic() < deadline, (root / "err").read_text()
+            time.sleep(0.1)
+        there.remove_node(mortal, allow_graceful=False)
+        running.join(300)
+    finally:
+        there.shutdown()
+    assert running.exitcode == 0, (root / "err").read_text()
+    assert sorted(r.seed for r in read_all(root) if r.method == "float" and not r.smoke) == [1, 2]
+    assert (root / "out").read_text().count("after its last finished epoch") == 1
+
+
 def test_numbers_of_processes_that_are_not_the_cells_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_devices", 1)
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", *processes.COUNTED):

@@ -353,13 +353,6 @@ def test_a_file_system_without_locks_is_said(number: int, tmp_path: Path, monkey
         run.held()
 
 
-def test_ray(root: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
-    result = cli("run", *SMOKE, "quant=rtn,gptq", "cluster=ray", f"root={root}")
-    assert result.returncode == 0, result.stderr
-    assert sorted(r.method for r in read_all(root)) == ["float", "gptq", "rtn"]
-
-
 def test_without_ray_its_packages_are_named(root: Path) -> None:
     try:
         import hydra_plugins.hydra_ray_launcher  # noqa: F401

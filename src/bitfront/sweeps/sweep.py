@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bitfront.cells import compose
@@ -90,6 +90,9 @@ class Sweep:
             raise BitfrontError(f"{first_line(error)}; hydra.launcher.* are options of the cluster= chosen") from None
         if self.config.cluster.workers < 1:
             raise BitfrontError(f"cluster.workers is positive, got {self.config.cluster.workers}")
+        if launcher.get("ray", {}).get("init", {}).get("address"):  # the cluster has its own, and refuses to be told
+            with open_dict(self.config.hydra.launcher.ray.init) as init:
+                init.num_cpus = init.object_store_memory = None
         self.place, self.launched = [word for word in words if compose.names(word, "cluster")], 0
         if self.config.trainer.devices != launcher.get("tasks_per_node", 1):
             raise BitfrontError(
