@@ -19,6 +19,7 @@ from bitfront.cells.training import Training
 from bitfront.errors import BitfrontError
 from bitfront.processes import several
 from bitfront.progress import Bar
+from bitfront.quant.forwards.narrow import check_convolutions
 from bitfront.saved import resume
 
 WAIT = timedelta(days=1)  # of processes for the first one, which measures
@@ -105,9 +106,13 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         trainer: ``accelerator``, ``devices``, ``precision`` and ``accumulate_grad_batches`` of the configuration.
 
     Raises:
-        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays.
+        BitfrontError: the loss is not finite, the GPU's memory or the disk is full; the last checkpoint stays. Or this
+            processor's products are not to be trusted (``check_convolutions``).
     """
     quiet()
+    if trainer["precision"] == "bf16-mixed":
+        device = torch.device(accelerator(trainer["accelerator"]))
+        check_convolutions(training.model.network, device, "trainer.precision=32-true")
     checkpoint = training.checkpoint if resume(training.checkpoint, CHECKPOINT) else None
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},

@@ -91,8 +91,9 @@ class Sweep:
         if self.config.cluster.workers < 1:
             raise BitfrontError(f"cluster.workers is positive, got {self.config.cluster.workers}")
         if launcher.get("ray", {}).get("init", {}).get("address"):  # the cluster has its own, and refuses to be told
-            with open_dict(self.config.hydra.launcher.ray.init) as init:
-                init.num_cpus = init.object_store_memory = None
+            own = self.config.hydra.launcher.ray.init
+            with open_dict(own):
+                own.num_cpus = own.object_store_memory = None
         self.place, self.launched = [word for word in words if compose.names(word, "cluster")], 0
         if self.config.trainer.devices != launcher.get("tasks_per_node", 1):
             raise BitfrontError(

@@ -26,6 +26,7 @@ from bitfront.quant.engine.frozen import Frozen
 from bitfront.quant.engine.moving import Moving
 from bitfront.quant.forwards.captured import Captured
 from bitfront.quant.forwards.functional import call, differentiable, needing_gradients, places
+from bitfront.quant.forwards.narrow import check_convolutions
 from bitfront.quant.forwards.together import gathered, summed_gradients
 from bitfront.quant.layers.felt import FeltCalls, floating
 from bitfront.quant.layers.uses import inside
@@ -73,6 +74,9 @@ class Tuning:
         still_float: names of weights that are yet to be quantized, and learn until then.
         dtype: that products are computed in (autocast): float32, or bfloat16.
         felt: how much each value of its outputs counts, by call; where that is not known, all count alike.
+
+    Raises:
+        BitfrontError: this processor's products are not to be trusted (``check_convolutions``).
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class Tuning:
         self.dtype, self.felt = dtype, felt or {}
         self.block, self.time_last, self.places = block, time_last, places(block)
         self.device = next(block.parameters()).device
+        if dtype == torch.bfloat16:
+            check_convolutions(block, self.device, "block_dtype=float32")
         self.frozen = {name: f.to(self.device) for name, f in learned.items()}
         self.packed = {name: f.packed for name, f in learned.items()}
         own = dict(norm_parameters(block))
