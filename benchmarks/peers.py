@@ -60,13 +60,15 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def moving(epochs: int) -> Row:
-    """decoupleQ with codes that move, in a file no larger than AutoRound's."""
+def moving(epochs: int, widths: str = "one") -> Row:
+    """decoupleQ with codes that move, with one width or those that ``max_size`` chooses, in a file no larger than
+    AutoRound's."""
     options = {"moving": epochs, "momentum": 0.0, "damping": 1.0, "scale_bits": 6}
     told = "".join(f" {key}={value:g}" for key, value in options.items())
+    size = " max_size=AutoRound's" if widths == "chosen" else ""
     return Row(
-        f"ours, `decoupleq{told} J=0` (bfloat16)",
-        options={"method": "DecoupleQ", **options, "J": 0, "block_dtype": "bfloat16"},
+        f"ours, `decoupleq{size}{told} J=0` (bfloat16)",
+        options={"method": "DecoupleQ", **options, "J": 0, "block_dtype": "bfloat16", "widths": widths},
     )
 
 
@@ -81,6 +83,8 @@ ROWS = {
     "decoupleq_j4": Row("ours, `decoupleq J=4`", options={"method": "DecoupleQ", "J": 4}),
     "decoupleq_damped4": moving(4),
     "decoupleq_damped8": moving(8),
+    "decoupleq_sized3": moving(3, "chosen"),
+    "decoupleq_sized4": moving(4, "chosen"),
     "gsq": Row("ours, `gsq moving=8` (bfloat16)", options={"method": "GSQ", "moving": 8, "block_dtype": "bfloat16"}),
 }
 
@@ -176,18 +180,19 @@ class Bench:
         hook.remove()
         return math.exp(sum(losses) / len(losses)), torch.cat(outputs)
 
-    def measure(self, found: Mapping[str, Tensor], bits: int) -> dict[str, float]:
+    def measure(self, found: Mapping[str, Tensor], bits: int | None) -> dict[str, float]:
         """Perplexity with quantized weights, and norms if they are tuned, and the relative squared error of the last
         quantized block's output.
 
         Raises:
-            BitfrontError: they are not of these layers, or a group has more values than so many bits can tell apart.
+            BitfrontError: they are not of these layers, or a group has more values than so many bits, if that is given,
+                can tell apart.
         """
         if not self.shapes.keys() <= found.keys() <= self.shapes.keys() | self.norms.keys():
             raise BitfrontError("it quantized other layers than it should")
         for name, shape in self.shapes.items():
             changes = found[name].reshape(-1, GROUP).sort(1).values.diff(dim=1) != 0
-            if found[name].shape != shape or int(changes.sum(1).max()) >= 2**bits:
+            if found[name].shape != shape or (bits and int(changes.sum(1).max()) >= 2**bits):
                 raise BitfrontError(f"'{name}' is not of {bits} bits in groups of {GROUP}")
         for name, x in (self.norms | dict(found)).items():
             self.network.get_parameter(name).data.copy_(x)
@@ -243,7 +248,8 @@ def run(bench: Bench, name: str, bits: int, blocks: int) -> dict[str, Any]:
         if done.returncode:
             last = (log.read_text(errors="replace").strip().splitlines() or ["nothing said"])[-1]
             raise BitfrontError(f"ended with {done.returncode} ({last[:200]}); see {log}")
-        return json.loads((out / "cost.json").read_text()) | bench.measure(load_file(out / "weights.safetensors"), bits)
+        each = None if row.options.get("widths") == "chosen" else bits
+        return json.loads((out / "cost.json").read_text()) | bench.measure(load_file(out / "weights.safetensors"), each)
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -261,8 +267,9 @@ def page(found: Mapping[str, Any]) -> str:
         f"{found['float']:.2f}. Norms are as a method leaves them (ours tunes them with `J` and `moving`). The "
         "error is that of the last quantized block's output there, squared, relative to the "
         "float network's. Seconds and peak memory (all that the process holds) are of the call that quantizes, with "
-        "what AutoRound compiles; bits per weight are those of the quantized layers' tensors in the file, HQQ's of its "
-        "layers' state; scales have the type that each package gives them.",
+        "what AutoRound compiles, and widths that are chosen, with `max_size`, for the size of its file; bits per "
+        "weight are those of the quantized layers' tensors in the file, HQQ's of its layers' state; "
+        "scales have the type that each package gives them.",
     ]
     for bits in sorted({row["bits"] for row in found["rows"]}):
         lines += [

@@ -171,10 +171,16 @@ def autoround(network: nn.Module, tokens: Tensor, job: Job) -> Made:
 
 
 def bitfront(network: nn.Module, tokens: Tensor, job: Job) -> Made:
-    """A ``method`` of ours; stored as its packed tensors are."""
+    """A ``method`` of ours; stored as its packed tensors are. Where its ``widths`` are "chosen", the file has the size
+    that it has with AutoRound's weights."""
     import bitfront as ours
 
     options = {**job.options, "bits": job.bits, "group_size": job.group, "samples": len(tokens), "batch_size": 2}
+    if options.pop("widths", "one") == "chosen":
+        numbers = sum(layer.weight.numel() for layer in linear(network).values())
+        rest = sum(p.numel() for p in network.parameters()) - numbers
+        each = job.bits + (16 + job.bits) / job.group  # float16 scales, whole zeros
+        options["max_size"] = (4 * rest + numbers * each / 8) / 2**20
     method = getattr(ours, options.pop("method"))(**options, exclude=["*embed_tokens*", "*norm*"])
     model, cost = measured(lambda: ours.quantize(network, method, tokens, inplace=True))
     packed = model.encode()

@@ -22,7 +22,7 @@ from bitfront import GPTQ, LSQ, RTN, STE, BitfrontError, Calibration, DecoupleQ,
 from bitfront.cells.record import read_all
 from bitfront.quant.engine.budget import Option, allocate
 from bitfront.quant.engine.sensitivity import error, gradients, price
-from bitfront.quant.engine.sized import _tried
+from bitfront.quant.engine.sized import _tried, sized
 from bitfront.quant.layers.inputs import Moments
 
 MIB = 2**20
@@ -275,6 +275,23 @@ def test_what_no_output_depends_on_does_not_get_all_and_loses_not_all() -> None:
         assert len(widths) == 9 and sum(len(w) - 1 for w in widths.values()) / 9 > 2
 
 
+def test_widths_are_tried_on_a_part_of_the_data() -> None:
+    seen, batches = [], [torch.randn(8, 16) for _ in range(60)]
+    for n, batch in enumerate(batches):
+        batch[0, 0] = n
+
+    def run(net: nn.Module, batch: Tensor) -> Tensor:
+        seen.append(int(batch[0, 0]))
+        return net(batch)
+
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    method = GPTQ(min_size=0.0, max_size=0.002)
+    for number, part in ((60, 15), (20, 8), (5, 5)):
+        seen.clear()
+        sized(method, network, Calibration(batches[:number], run))
+        assert {*seen} == {*range(part)}
+
+
 def test_the_price_of_an_error_is_what_the_end_feels() -> None:
     """``y = s Q A x`` with an orthogonal Q: an error dA costs ``s² |dA x|²`` over the power of y."""
     torch.manual_seed(0)
@@ -304,7 +321,11 @@ def test_the_price_by_drawn_labels_is_fishers() -> None:
         return F.cross_entropy(net(x), labels, reduction="sum")
 
     data = Calibration(batches, lambda net, x: net(x), loss=drawn)
-    found = gradients(network, {"weight": network.weight}, data)["weight"]
+    found, narrow = (
+        gradients(network, {"weight": network.weight}, data, dtype=dtype)["weight"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert found != narrow == pytest.approx(found, rel=0.02)
     x = torch.cat(batches)
     wanted = x.square().sum(1) @ (1 - network(x).softmax(-1).square().sum(1))
     assert found == pytest.approx(wanted.item(), rel=0.05)

@@ -178,6 +178,10 @@ class Sampled(Method):
     batch_size: int = 32
     ranges: ClassVar[Ranges] = {"samples": "1..", "batch_size": "1.."}
 
+    def computed_in(self, device: torch.device) -> torch.dtype:
+        """That products are computed in on a device where gradients say what counts."""
+        return torch.float32
+
 
 @dataclass(kw_only=True)
 class FixedBits(Sampled):

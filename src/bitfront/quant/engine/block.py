@@ -237,12 +237,6 @@ class Block:
         unseen = {"unseen": [*self.unit.unseen.get(name, []), *idle]} if told and self.method.sees_inputs else {}
         self.layers.append(entry | {"block": self.unit.block} | unseen | about)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That the block-wise stage computes in."""
-        usual = "bfloat16" if self.here.rest.device.type == "cuda" else "float32"
-        return getattr(torch, usual if self.method.block_dtype == "auto" else self.method.block_dtype)
-
     def learned(self, name: str, moving: bool) -> Frozen:
         """A quantized weight whose values learn, and whose codes do, if they are moving."""
         packed, symmetric = self.packed[name], self.method.of(name).keeps_zero
@@ -261,7 +255,8 @@ class Block:
         later = [id(self.weights[name]) for stage in self.unit.stages for name in stage if name not in self.packed]
         learned = {own: self.learned(name, moving) for name, own in local.items()}
         still_float = [names[one] for one in later if one in names]
-        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, self.dtype, self.outputs)
+        dtype = self.method.computed_in(self.here.rest.device)
+        tuning = Tuning(self.block, learned, self.unit.time_last, still_float, dtype, self.outputs)
         if not tuning.frozen and not tuning.norms:
             return {}
         with torch.enable_grad(), undisturbed(self.network):

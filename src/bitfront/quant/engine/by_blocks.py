@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from bitfront.quant.core import Sampled
@@ -37,7 +38,8 @@ class ByBlocks(Sampled):
             of the float network feels them ("fisher", ``felt_outputs``).
         held_out: share of the batches that it is not tuned but measured on; the best epoch on them counts.
         patience: epochs without a better one after which it stops.
-        block_dtype: that products are computed in there: "float32", "bfloat16", or "auto", the latter on a GPU.
+        block_dtype: that products are computed in there, and where gradients of the whole network say what counts:
+            "float32", "bfloat16", or "auto", the latter on a GPU.
         block_lr: learning rate (Adam) there, relative: a share of the distance of two values, of 1 for norms, and of
             the root mean square of what is still float.
     """
@@ -90,6 +92,10 @@ class ByBlocks(Sampled):
     def feels_the_end(self) -> bool:
         """Whether gradients of the whole network say how much what is in it counts."""
         return self.feels == "end" or self.weighs_outputs
+
+    def computed_in(self, device: torch.device) -> torch.dtype:
+        usual = "bfloat16" if device.type == "cuda" else "float32"
+        return getattr(torch, usual if self.block_dtype == "auto" else self.block_dtype)
 
     @property
     def tunes(self) -> bool:

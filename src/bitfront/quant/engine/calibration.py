@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from bitfront.progress import Bar
@@ -165,12 +166,13 @@ def _walk(
     states = States(data.states, network, method, data) if data.states else None
     end: Felt = {}
     outputs: FeltOutputs = {}
+    dtype = method.computed_in(rest.device)
     along = {unit.block for unit in units if several(network, unit)}
     if units and method.feels_the_end and not (states and all(map(states.load, range(len(units))))):
         if method.feels == "end":
-            end = felt_at_the_end(network, weights, data, units[-1].time_last)
+            end = felt_at_the_end(network, weights, data, units[-1].time_last, dtype)
         if method.weighs_outputs:
-            with at_the_end(network, data, units[-1].time_last) as passes:
+            with at_the_end(network, data, units[-1].time_last, dtype) as passes:
                 outputs = felt_outputs({block: network.get_submodule(block) for block in sorted(along)}, passes)
     here = Route(network, data, rest)
     exact = Exact(network, data, rest) if method.follows else None
@@ -193,13 +195,18 @@ def _walk(
 
 
 def felt_at_the_end(
-    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, time_last: bool = False
+    network: nn.Module,
+    weights: dict[str, nn.Parameter],
+    data: Calibration,
+    time_last: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Felt:
     """What of the inputs of all layers the end of the float network feels.
 
     Args:
         network, weights, data: of the calibration.
         time_last: where padding is, in outputs, as of a ``Unit``.
+        dtype: of products.
     """
-    with at_the_end(network, data, time_last) as passes:
+    with at_the_end(network, data, time_last, dtype) as passes:
         return felt(weights, passes)

@@ -27,6 +27,7 @@ from bitfront.quant.engine.blockwise import floats, kept
 from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.forwards.captured import copied
 from bitfront.quant.forwards.functional import differentiable
+from bitfront.quant.forwards.narrow import check_convolutions
 from bitfront.quant.forwards.together import gathered, place
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.layers.felt import Pass, probe
@@ -63,23 +64,44 @@ def probed(
 
 
 @contextmanager
-def at_the_end(network: nn.Module, data: Calibration, time_last: bool) -> Iterator[Iterator[Pass]]:
+def at_the_end(
+    network: nn.Module, data: Calibration, time_last: bool, dtype: torch.dtype = torch.float32
+) -> Iterator[Iterator[Pass]]:
     """For each batch, a pass that has gradients to a scalar: of ``data.loss``, if that is known, else of the network's
-    outputs."""
+    outputs. Products are of a type.
+
+    Raises:
+        BitfrontError: this processor's are not to be trusted (``check_convolutions``).
+    """
+    device = next(network.parameters()).device
+    if dtype == torch.bfloat16:
+        check_convolutions(network, device, "block_dtype=float32")
+
+    def narrow(run: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return run()
+
+    def narrowed(passes: Iterable[Pass]) -> Iterator[Pass]:
+        return ((n, valid, partial(narrow, run)) for n, valid, run in passes)
+
     bar = Bar(data.batches, desc="what the end feels", unit="batch")
     numbered = ((n, data.valid(batch), batch) for n, batch in enumerate(bar))
     with undisturbed(network), differentiable(network):
         if loss := data.loss:
             generator = torch.Generator().manual_seed(data.seed + place()[0])
-            yield ((n, v, partial(loss, network, copied(batch), generator)) for n, v, batch in numbered)
+            yield narrowed((n, v, partial(loss, network, copied(batch), generator)) for n, v, batch in numbered)
             return
         forwards = ((n, valid, partial(data.forward, network, batch)) for n, valid, batch in numbered)
         with probed(network, forwards, data.seed, time_last) as passes:
-            yield passes
+            yield narrowed(passes)
 
 
 def gradients(
-    network: nn.Module, weights: dict[str, nn.Parameter], data: Calibration, time_last: bool = False
+    network: nn.Module,
+    weights: dict[str, nn.Parameter],
+    data: Calibration,
+    time_last: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """The squared gradient of each weight, summed over its values and all batches.
 
@@ -88,13 +110,14 @@ def gradients(
         weights: of it.
         data: batches.
         time_last: where padding is, in outputs, as of a ``Unit``.
+        dtype: of products.
     """
     total = dict.fromkeys(weights, 0.0)
     learning = {p: p.requires_grad for p in network.parameters()}
     try:
         for name, p in network.named_parameters():
             p.requires_grad_(name in weights)
-        with at_the_end(network, data, time_last) as passes:
+        with at_the_end(network, data, time_last, dtype) as passes:
             for _, _, run in passes:
                 if not (end := run()).requires_grad:
                     continue

@@ -112,7 +112,8 @@ def _tried(
 ) -> dict[str, Tried]:
     found: dict[str, Tried] = {}
     units = plan(network, weights, data)
-    felt = gradients(network, weights, data, units[-1].time_last)
+    device = next(iter(weights.values())).device
+    felt = gradients(network, weights, data, units[-1].time_last, method.computed_in(device))
     forms = {name: form for unit in units for name, form in unit.forms.items()}
     stages = [stage for unit in units for stage in unit.stages]
     bar = Bar(weights, desc="trying widths", unit="tensor")
