@@ -126,6 +126,22 @@ def test_a_cell_in_two_processes_that_runs_elsewhere_is_waited_for(root: Path) -
 
 
 @pytest.mark.slow
+def test_a_job_at_its_time_limit_is_started_again_and_goes_on(tmp_path: Path) -> None:
+    """As on SLURM, by submitit on this machine: it is warned after half of the minute that it has."""
+    words = ("-m", "task=vit", "quant=float", "train.epochs=1000", *SMOKE[3:], f"root={tmp_path}", "trainer.devices=1")
+    running = elsewhere(tmp_path, start, "run", (*words, "cluster=local_ddp", "hydra.launcher.timeout_min=1"))
+    try:
+        deadline, told = time.monotonic() + 150, ""
+        while "after its last finished epoch" not in told:
+            assert running.is_alive() and time.monotonic() < deadline, told
+            time.sleep(1)
+            told = "".join(log.read_text() for log in tmp_path.glob(".submitit/*/*_log.*"))
+        assert "Requeued" in told
+    finally:
+        os.killpg(running.pid or 0, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_on_ray_a_cell_whose_node_dies_goes_on_at_another(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     from ray.cluster_utils import Cluster

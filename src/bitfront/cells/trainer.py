@@ -132,7 +132,9 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
         runner.fit(training, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # which would end the process as if all were well
         raise KeyboardInterrupt from None
-    except SystemExit:  # Lightning's answer to Ctrl-C, to which it then is deaf
+    except SystemExit as end:  # Lightning's answer to Ctrl-C, to which it then is deaf
+        if not isinstance(end.__context__, KeyboardInterrupt):  # a cluster's to its time limit: it starts the job again
+            raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
     except torch.OutOfMemoryError as error:
