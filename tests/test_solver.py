@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitfront.errors import BitfrontError
 from bitfront.quant.engine.calibration import PostTraining
+from bitfront.quant.engine.sensitivity import error
 from bitfront.quant.layers import solver
 from bitfront.quant.layers.inputs import Moments
 from bitfront.quant.layers.solver import Curvature, Grid, Layer, Solution
@@ -486,6 +487,12 @@ def test_what_a_width_costs_is_tried_in_the_same_bytes_and_near_its_error(symmet
             method = DecoupleQ(bits=bits, symmetric=symmetric, **form)
             solved, tried = method.solve(w, seen)[0], method.tried(w, seen)
             assert tried.nbytes == solved.nbytes and tried.lo.dtype == solved.lo.dtype
+            part = method.tried(w, seen, every=7)
+            assert part.nbytes == solved.nbytes and part.lo.dtype == solved.lo.dtype
+            torch.testing.assert_close(part.decode()[::7], tried.decode()[::7])
+            few = (w - part.decode())[::7].double()
+            power = ((few @ seen.H) * few).sum().item() * 60 / len(few)
+            assert error(part.decode(), w, seen, every=7) == pytest.approx(power, rel=1e-4)
             shares.append(seen.relative_loss(w, solved.decode()) / seen.relative_loss(w, tried.decode()))
     assert max(shares) <= 1.001 and max(shares) < 2 * min(shares)  # errors of two widths differ by four
 

@@ -144,7 +144,8 @@ class ByBlocks(Sampled):
         """
         raise NotImplementedError
 
-    def tried(self, w: Tensor, inputs: Moments | None) -> Packed:
+    def tried(self, w: Tensor, inputs: Moments | None, every: int = 1) -> Packed:
         """A tensor in as many bytes as ``solve`` makes of it, in less time, with an error not far above that one's:
-        what ``max_size`` chooses by."""
+        what ``max_size`` chooses by. Of ``Moments.rows``, the first of every so many counts; the others may be
+        anything."""
         return self.solve(w, inputs)[0]

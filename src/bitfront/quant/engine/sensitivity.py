@@ -145,10 +145,12 @@ def price(w: Tensor, gradient: float, inputs: Moments | None) -> float:
     return gradient * inputs.batch / (w.numel() / inputs.columns * trace) if trace else 0.0
 
 
-def error(quantized: Tensor, w: Tensor, inputs: Moments | None) -> float:
-    """The squared error itself: ``tr(dW H dWᵀ)``."""
+def error(quantized: Tensor, w: Tensor, inputs: Moments | None, every: int = 1) -> float:
+    """The squared error itself: ``tr(dW H dWᵀ)``, as the first of every so many of ``Moments.rows`` tells."""
     difference = (quantized - w).float()
     if inputs is None:
         return difference.double().square().sum().item()
     rows = inputs.rows(difference)
-    return ((rows @ inputs.H.float()) * rows).sum(dtype=torch.float64).item()
+    part = rows[:, ::every]
+    share = part.shape[1] / rows.shape[1]
+    return ((part @ inputs.H.float()) * part).sum(dtype=torch.float64).item() / share

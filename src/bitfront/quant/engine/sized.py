@@ -37,6 +37,7 @@ from bitfront.quant.storage.rounding import fitted_range
 M = TypeVar("M", bound=Method)
 FLOOR = 1e-3  # of the median tensor's importance: what one has that no output depends on
 SHARE, LEAST = 1 / 4, 8  # of the batches, and how many: one number for a tensor needs no more
+ROWS = 128  # of a tensor, at least, that are solved at each width
 HELD = 1 << 30  # bytes of second moments at once; where there are more, the data are gone through again
 
 
@@ -177,19 +178,20 @@ def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moment
     set_already = method.settings(name).keys()
     widths = (own.bits,) if "bits" in set_already else WIDTHS
     rows = v if inputs is None else inputs.rows(v).flatten(0, 1)
+    every = 1 if inputs is None else max(1, inputs.rows(v).shape[1] // ROWS)
     for form in own.forms(rows) if not {"group_size", "scale_bits"} & set_already else [{}]:
         for bits in widths:
-            packed, decoded = _solved(replace(own, bits=bits, **form), v, inputs)
+            packed, decoded = _solved(replace(own, bits=bits, **form), v, inputs, every)
             found.settings.append({"bits": bits, **form})
-            found.options.append(Option(len(found.options), packed.nbytes, error(decoded, v, inputs)))
+            found.options.append(Option(len(found.options), packed.nbytes, error(decoded, v, inputs, every)))
             found.shells.append(replace(packed, codes=packed.codes.new_zeros(1, 1).expand(packed.codes.shape)))
     return found
 
 
-def _solved(method: Any, w: Tensor, inputs: Moments | None) -> tuple[Packed, Tensor]:
-    """As it is stored, and its values."""
+def _solved(method: Any, w: Tensor, inputs: Moments | None, every: int) -> tuple[Packed, Tensor]:
+    """As it is stored, and its values, of every so many rows."""
     if isinstance(method, PostTraining):
-        packed = method.tried(w, inputs)
+        packed = method.tried(w, inputs, every)
         return packed, packed.decode().to(w.device)
     packed = method.quantizer(w).encode(w)  # whose range is yet to be trained
     lo, span = fitted_range(w, method.group_size, method.bits)

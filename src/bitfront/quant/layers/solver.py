@@ -160,6 +160,13 @@ class Solution(Grid):
         )
         return Solution(scale, zero, codes, torch.where(better, other.loss, self.loss))
 
+    def repeated(self, every: int, rows: int) -> Solution:
+        """Of so many rows, each of these that many times."""
+        if every == 1:
+            return self
+        at = torch.arange(rows, device=self.codes.device) // every
+        return Solution(*(getattr(self, field.name)[..., at] for field in fields(self)))
+
 
 class Layer:
     """The problem of some rows of a layer.

@@ -71,8 +71,11 @@ class GPTQ(RTN):
     def solve(self, w: Tensor, inputs: Moments | None) -> tuple[Packed, dict[str, Any]]:
         return super().solve(w, inputs) if inputs is None else self.solve_by(self.steps, w, inputs)
 
-    def solve_by(self, steps: Steps, w: Tensor, inputs: Moments) -> tuple[Packed, dict[str, Any]]:
-        """``solve`` by other steps."""
+    def tried(self, w: Tensor, inputs: Moments | None, every: int = 1) -> Packed:
+        return self.solve(w, inputs)[0] if inputs is None else self.solve_by(self.quick, w, inputs, every)[0]
+
+    def solve_by(self, steps: Steps, w: Tensor, inputs: Moments, every: int = 1) -> tuple[Packed, dict[str, Any]]:
+        """``solve`` by other steps; of every so many rows the first, whose codes the others have, too."""
         size = min(self.group_size, inputs.columns) if self.group_size > 0 else inputs.columns
         padding = -inputs.columns % size
         curvature = inputs.curvature(self.damping, self.act_order, padding)
@@ -89,7 +92,7 @@ class GPTQ(RTN):
 
         solutions: list[Solution] = []
         log, power = dict[str, float](), 0.0
-        for part in in_parts(wanted, wanted.shape[2] // size):
+        for part in in_parts(wanted[:, ::every], wanted.shape[2] // size):
             layer = Layer(part, curvature, self.bits, size, self.symmetric, scales)
             found = steps(layer)
             if self.unbiased:
@@ -105,7 +108,8 @@ class GPTQ(RTN):
             "dead_inputs": int(curvature.dead.sum()) - padding * inputs.batch,
             "flat_rows": int(flat.sum()),
         }
-        return packed(joined(solutions), w.shape, self.bits, scales, padding, inputs.form), about
+        solution = joined(solutions).repeated(every, rows.shape[1])
+        return packed(solution, w.shape, self.bits, scales, padding, inputs.form), about
 
     def _fitting(self, rows: Tensor, size: int) -> Scales:
         """How ranges are stored, whatever the inputs are, on which the bytes of a file must not depend."""
@@ -118,6 +122,10 @@ class GPTQ(RTN):
         tied = self.symmetric or self.round_zero
         centre = 0.0 if tied else by_rows(rows.unflatten(2, (-1, size)).mean(3).flatten(), lines)
         return scales.fitting(centre + (lo - centre) * LEAST, span * LEAST, self.bits)
+
+    def quick(self, layer: Layer) -> Found:
+        """As ``steps``, in less time."""
+        return self.steps(layer)
 
     def steps(self, layer: Layer) -> Found:
         """The solution after each step."""
