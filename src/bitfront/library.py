@@ -24,7 +24,7 @@ from bitfront.quant.forwards.sharded import check_whole
 from bitfront.quant.forwards.together import share, together
 from bitfront.quant.forwards.undisturbed import undisturbed
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact, check_storable
 
 if TYPE_CHECKING:
     from bitfront.exports.onnx.network import Exported
@@ -88,6 +88,7 @@ def quantize(
     kept, device = None if states is None else Path(states), working(network, offload)
     with together(method.needs_data):
         network = unwrapped(network)
+        check_storable(network)
         network = resolve(network if inplace else duplicate(network))
         batches = _drawn(data, method) if method.needs_data else []
         run = forward or partial(call, device=device)
@@ -128,7 +129,9 @@ def prepare(
         )
     _check_without_task(method)
     method = _to_size(method, max_size)
-    network = resolve(unwrapped(network))
+    network = unwrapped(network)
+    check_storable(network)
+    network = resolve(network)
     if method.max_size and isinstance(method, Sampled):
         with together():
             calibration = Calibration(_drawn(data, method), forward or call, None, not_padded)

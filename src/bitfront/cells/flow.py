@@ -39,7 +39,7 @@ from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.engine.sized import sized
 from bitfront.quant.forwards.together import together
 from bitfront.quant.model import QuantizedModel
-from bitfront.quant.storage.artifact import Artifact, float_bytes
+from bitfront.quant.storage.artifact import Artifact, check_storable, float_bytes
 from bitfront.quant.storage.weights import load_weights, ours
 from bitfront.tasks.core import Task, to_device
 from bitfront.tasks.notes import overlap, say
@@ -241,6 +241,7 @@ def _attached(
     pl.seed_everything(task.seed, verbose=False)
     with phase("building the network"):
         network = _network(task, origin)
+        check_storable(network)
         if origin:
             data = config.values["task"].get("data", "")
             own = config.values["task"].get(FINGERPRINT) and not ours(Path(origin.path))

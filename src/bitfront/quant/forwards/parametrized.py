@@ -65,8 +65,6 @@ def resolve(network: N) -> N:
 
 def duplicate(network: N) -> N:
     """A deep copy, also of a network that has been called: what modules keep of a forward need not be leaves."""
-    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        raise BitfrontError("the network has lazy modules without their weights yet; call it on a batch first")
     try:
         with Detached():
             return copy.deepcopy(network)

@@ -65,5 +65,5 @@ def _restore(x: Tensor, content: Tensor) -> None:
     """In its place, as others may be views of it."""
     if x.shape != content.shape or x.dtype != content.dtype or x.device != content.device:
         x.data = content
-    elif not torch.equal(x, content):
+    elif x.layout != torch.strided or not torch.equal(x, content):
         x.copy_(content)

@@ -385,7 +385,8 @@ class Accumulator:
             self.drift = None  # these are other samples, or nothing is left of them
         if not all(torch.isfinite(x).all() for x in (self.total, self.drift) if x is not None):
             raise BitfrontError(
-                f"the calibration inputs of '{self.name}' hold NaN or infinity; check the data and the float network"
+                f"the calibration inputs of '{self.name}' hold NaN or infinity, or numbers whose squares overflow "
+                "(1e19 and above); check the data and the float network"
             )
         counts = self.counts.max().expand(len(self.counts)) if self.common else self.counts.clamp_min(1)
         self.total /= counts.to(self.total)[:, None, None]  # of wide layers, large

@@ -74,9 +74,8 @@ class Artifact:
         narrow: set[str] = set()
         tied: dict[str, str] = {}
         first: dict[int, str] = {}
+        check_storable(network)
         for name, tensor in network.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, Tensor):
-                raise BitfrontError(f"'{name}' of the network's state is no tensor; such networks cannot be stored")
             known = first.setdefault(id(tensor), name)
             if known != name:
                 tied[name] = known
@@ -227,6 +226,7 @@ class Artifact:
             told = "; ".join(textwrap.shorten(problem, 300) for problem in sorted(problems)[:5])
             raise ArtifactError(f"the artifact belongs to another network: {told}")
         network = resolve(network) if composed else network
+        give_own_memory(network)
         for part in self._parts():
             network.load_state_dict(part, strict=part.keys() == names)
 
@@ -252,6 +252,36 @@ class Artifact:
             elif known != own and not torch.equal(self.tensor(known), self.tensor(own)):
                 problems.append(f"'{name}' is not the same as '{known}', to which the network ties it")
         return problems
+
+
+def check_storable(network: nn.Module) -> None:
+    """Refuse a network whose state no file has a place for.
+
+    Raises:
+        BitfrontError: with the first such tensor.
+    """
+    if any(map(nn.parameter.is_lazy, (*network.parameters(), *network.buffers()))):
+        raise BitfrontError("the network has lazy modules without their weights yet; call it on a batch first")
+    for name, x in network.state_dict(keep_vars=True).items():
+        if not isinstance(x, Tensor):
+            raise BitfrontError(f"'{name}' of the network's state is no tensor; such networks cannot be stored")
+        if x.is_meta:
+            raise BitfrontError(f"'{name}' is on the meta device, where tensors have no values; load the network first")
+        if x.layout != torch.strided or x.is_quantized:
+            kind = x.dtype if x.is_quantized else x.layout
+            raise BitfrontError(
+                f"'{name}' of the network's state is {kind}, which files have no place for; make it dense and of plain "
+                "numbers, or, of a buffer that the network can make anew, register it with persistent=False"
+            )
+
+
+@torch.no_grad()
+def give_own_memory(network: nn.Module) -> None:
+    """So that a state can be loaded: what is one number seen as many (``expand``) becomes as many."""
+    for x in (*network.parameters(), *network.buffers()):
+        dense = x.layout == torch.strided
+        if dense and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+            x.data = x.data.clone(memory_format=torch.contiguous_format)
 
 
 def narrowable(network: nn.Module) -> dict[str, Tensor]:

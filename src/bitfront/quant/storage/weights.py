@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfront.errors import ArtifactError, BitfrontError
-from bitfront.quant.storage.artifact import Artifact
+from bitfront.quant.storage.artifact import Artifact, give_own_memory
 from bitfront.saved import DamagedError, load_saved
 
 NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "ema", "model_ema")
@@ -51,6 +51,7 @@ def load_weights(path: Path, network: nn.Module) -> None:
         raise BitfrontError(
             f"'{path}' is not of this network: {'; '.join(problems[:5])}{more}; {_remedy(state, network, problems)}"
         )
+    give_own_memory(network)
     network.load_state_dict(state | {name: t for name, t in wanted.items() if name not in state})
 
 
