@@ -9,6 +9,7 @@ import torch
 from conftest import cli
 from torch import nn
 
+import bitfront
 from bitfront import DecoupleQ
 from bitfront.errors import BitfrontError
 from bitfront.quant.engine.plan import Calibration
@@ -56,4 +57,6 @@ def test_nothing_is_trained_or_tuned_in_it_where_it_is_wrong(monkeypatch: pytest
     method = DecoupleQ(min_size=0.0, J=1, block_dtype="bfloat16")
     with pytest.raises(BitfrontError, match=r"'0' wrongly in bfloat16 \(off by 110%.*give block_dtype=float32"):
         method.attach(network, data)
+    with pytest.raises(BitfrontError, match=r"'0.0' wrongly in bfloat16.*give float32 weights"):
+        bitfront.quantize(network.bfloat16(), DecoupleQ(min_size=0.0, J=0), torch.randn(2, 4, 9).bfloat16())
     check_convolutions(network, torch.device("cuda"), "")

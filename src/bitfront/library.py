@@ -19,6 +19,7 @@ from bitfront.quant.engine.calibration import PostTraining
 from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.engine.sized import sized
 from bitfront.quant.forwards.captured import copied
+from bitfront.quant.forwards.narrow import check_convolutions
 from bitfront.quant.forwards.parametrized import duplicate, resolve
 from bitfront.quant.forwards.sharded import check_whole
 from bitfront.quant.forwards.together import share, together
@@ -89,6 +90,7 @@ def quantize(
     with together(method.needs_data):
         network = unwrapped(network)
         check_storable(network)
+        check_convolutions(network, device, "float32 weights (network.float())", autocast=False)
         network = resolve(network if inplace else duplicate(network))
         batches = _drawn(data, method) if method.needs_data else []
         run = forward or partial(call, device=device)

@@ -37,6 +37,7 @@ from bitfront.quant.core import Distilled, FixedBits, Float, Method, Sampled
 from bitfront.quant.engine.calibration import PostTraining
 from bitfront.quant.engine.plan import Calibration
 from bitfront.quant.engine.sized import sized
+from bitfront.quant.forwards.narrow import check_convolutions
 from bitfront.quant.forwards.together import together
 from bitfront.quant.model import QuantizedModel
 from bitfront.quant.storage.artifact import Artifact, check_storable, float_bytes
@@ -242,6 +243,7 @@ def _attached(
     with phase("building the network"):
         network = _network(task, origin)
         check_storable(network)
+        check_convolutions(network, device, "task.dtype=float32", autocast=False)
         if origin:
             data = config.values["task"].get("data", "")
             own = config.values["task"].get(FINGERPRINT) and not ours(Path(origin.path))

@@ -21,13 +21,14 @@ SIZES = {1: (8, 25), 2: (8, 25), 3: (4, 7)}  # of the smaller of input and outpu
 MOST = 0.1  # relative error; bfloat16's own is 0.003
 
 
-def check_convolutions(network: nn.Module, device: torch.device, without: str) -> None:
+def check_convolutions(network: nn.Module, device: torch.device, without: str, autocast: bool = True) -> None:
     """Refuse to compute in bfloat16 where one of a network's convolutions, or its gradients, would be noise.
 
     Args:
         network: whose layers' shapes are tried.
         device: that it is on; only a CPU's are tried.
         without: the setting that does without.
+        autocast: all layers compute in it; else those with such weights.
 
     Raises:
         BitfrontError: with what is wrong, and what to do.
@@ -36,6 +37,8 @@ def check_convolutions(network: nn.Module, device: torch.device, without: str) -
         return
     for name, module in network.named_modules():
         if not isinstance(module, nn.modules.conv._ConvNd) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            continue
+        if not autocast and module.weight.dtype != torch.bfloat16:
             continue
         own = (module.kernel_size, module.stride, module.dilation)
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
