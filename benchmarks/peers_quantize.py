@@ -179,7 +179,7 @@ def bitfront(network: nn.Module, tokens: Tensor, job: Job) -> Made:
     if options.pop("widths", "one") == "chosen":
         numbers = sum(layer.weight.numel() for layer in linear(network).values())
         rest = sum(p.numel() for p in network.parameters()) - numbers
-        each = job.bits + (16 + job.bits) / job.group  # float16 scales, whole zeros
+        each = options.pop("bits") + (16 + job.bits) / job.group  # float16 scales, whole zeros
         options["max_size"] = (4 * rest + numbers * each / 8) / 2**20
     method = getattr(ours, options.pop("method"))(**options, exclude=["*embed_tokens*", "*norm*"])
     model, cost = measured(lambda: ours.quantize(network, method, tokens, inplace=True))
