@@ -41,9 +41,10 @@ def test_what_is_refused_is_wrong_and_what_is_not_is_right(module: nn.Module, li
     errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*found, strict=True)]
     if max(errors) > MOST:
         with pytest.raises(BitfrontError, match=r"'0' wrongly in bfloat16.*ONEDNN_MAX_CPU_ISA=.*or give this"):
-            check_convolutions(nn.Sequential(module), CPU, "this")
+            check_convolutions(nn.Sequential(module), CPU, "this", torch.bfloat16)
     else:
-        check_convolutions(nn.Sequential(module), CPU, "this")
+        check_convolutions(nn.Sequential(module), CPU, "this", torch.bfloat16)
+    check_convolutions(nn.Sequential(module), CPU, "this")
 
 
 def test_nothing_is_trained_or_tuned_in_it_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -59,4 +60,4 @@ def test_nothing_is_trained_or_tuned_in_it_where_it_is_wrong(monkeypatch: pytest
         method.attach(network, data)
     with pytest.raises(BitfrontError, match=r"'0.0' wrongly in bfloat16.*give float32 weights"):
         bitfront.quantize(network.bfloat16(), DecoupleQ(min_size=0.0, J=0), torch.randn(2, 4, 9).bfloat16())
-    check_convolutions(network, torch.device("cuda"), "")
+    check_convolutions(network, torch.device("cuda"), "", torch.bfloat16)

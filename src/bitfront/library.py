@@ -90,7 +90,7 @@ def quantize(
     with together(method.needs_data):
         network = unwrapped(network)
         check_storable(network)
-        check_convolutions(network, device, "float32 weights (network.float())", autocast=False)
+        check_convolutions(network, device, "float32 weights (network.float())")
         network = resolve(network if inplace else duplicate(network))
         batches = _drawn(data, method) if method.needs_data else []
         run = forward or partial(call, device=device)

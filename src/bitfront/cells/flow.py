@@ -243,7 +243,7 @@ def _attached(
     with phase("building the network"):
         network = _network(task, origin)
         check_storable(network)
-        check_convolutions(network, device, "task.dtype=float32", autocast=False)
+        check_convolutions(network, device, "task.dtype=float32")
         if origin:
             data = config.values["task"].get("data", "")
             own = config.values["task"].get(FINGERPRINT) and not ours(Path(origin.path))

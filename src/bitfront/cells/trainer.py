@@ -112,7 +112,7 @@ def fit(training: Training, trainer: dict[str, Any]) -> None:
     quiet()
     if trainer["precision"] == "bf16-mixed":
         device = torch.device(accelerator(trainer["accelerator"]))
-        check_convolutions(training.model.network, device, "trainer.precision=32-true")
+        check_convolutions(training.model.network, device, "trainer.precision=32-true", torch.bfloat16)
     checkpoint = training.checkpoint if resume(training.checkpoint, CHECKPOINT) else None
     runner = pl.Trainer(
         **trainer | {"accelerator": accelerator(trainer["accelerator"])},

@@ -91,8 +91,7 @@ class Tuning:
         self.dtype, self.felt = dtype, felt or {}
         self.block, self.time_last, self.places = block, time_last, places(block)
         self.device = next(block.parameters()).device
-        if dtype == torch.bfloat16:
-            check_convolutions(block, self.device, "block_dtype=float32")
+        check_convolutions(block, self.device, "block_dtype=float32", dtype)
         self.frozen = {name: f.to(self.device) for name, f in learned.items()}
         self.packed = {name: f.packed for name, f in learned.items()}
         own = dict(norm_parameters(block))

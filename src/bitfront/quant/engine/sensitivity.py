@@ -74,8 +74,7 @@ def at_the_end(
         BitfrontError: this processor's are not to be trusted (``check_convolutions``).
     """
     device = next(network.parameters()).device
-    if dtype == torch.bfloat16:
-        check_convolutions(network, device, "block_dtype=float32")
+    check_convolutions(network, device, "block_dtype=float32", dtype)
 
     def narrow(run: Callable[[], Tensor]) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ def sized(method: M, network: nn.Module, data: Calibration, about: Mapping[str, 
         check_processes(network, method, data)
         network.eval()
         number = max(LEAST, math.ceil(SHARE * len(data.batches)))
-        few = replace(data, batches=[data.batches[n] for n in range(min(number, len(data.batches)))])
+        few = replace(data, batches=list(islice(data.batches, number)))
         tried = _tried(network, method, weights, few)
     options = _costs(tried)
     limit = room = int(method.max_size * MB)
@@ -177,9 +178,11 @@ def _at_all_widths(method: FixedBits, name: str, w: nn.Parameter, inputs: Moment
     found = Tried([], [], [], error(torch.zeros_like(v), v, inputs), price(v, gradient, inputs))
     set_already = method.settings(name).keys()
     widths = (own.bits,) if "bits" in set_already else WIDTHS
-    rows = v if inputs is None else inputs.rows(v).flatten(0, 1)
-    every = 1 if inputs is None else max(1, inputs.rows(v).shape[1] // ROWS)
-    for form in own.forms(rows) if not {"group_size", "scale_bits"} & set_already else [{}]:
+    rows = None if inputs is None else inputs.rows(v)
+    every = 1 if rows is None else max(1, rows.shape[1] // ROWS)
+    for form in (
+        own.forms(v if rows is None else rows.flatten(0, 1)) if not {"group_size", "scale_bits"} & set_already else [{}]
+    ):
         for bits in widths:
             packed, decoded = _solved(replace(own, bits=bits, **form), v, inputs, every)
             found.settings.append({"bits": bits, **form})

@@ -21,14 +21,16 @@ SIZES = {1: (8, 25), 2: (8, 25), 3: (4, 7)}  # of the smaller of input and outpu
 MOST = 0.1  # relative error; bfloat16's own is 0.003
 
 
-def check_convolutions(network: nn.Module, device: torch.device, without: str, autocast: bool = True) -> None:
+def check_convolutions(
+    network: nn.Module, device: torch.device, without: str, dtype: torch.dtype = torch.float32
+) -> None:
     """Refuse to compute in bfloat16 where one of a network's convolutions, or its gradients, would be noise.
 
     Args:
         network: whose layers' shapes are tried.
         device: that it is on; only a CPU's are tried.
         without: the setting that does without.
-        autocast: all layers compute in it; else those with such weights.
+        dtype: that all layers compute in (autocast); where it is float32, those with weights of bfloat16 are tried.
 
     Raises:
         BitfrontError: with what is wrong, and what to do.
@@ -38,7 +40,7 @@ def check_convolutions(network: nn.Module, device: torch.device, without: str, a
     for name, module in network.named_modules():
         if not isinstance(module, nn.modules.conv._ConvNd) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
             continue
-        if not autocast and module.weight.dtype != torch.bfloat16:
+        if torch.bfloat16 not in (dtype, module.weight.dtype):
             continue
         own = (module.kernel_size, module.stride, module.dilation)
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
